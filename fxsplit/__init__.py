@@ -1,0 +1,35 @@
+"""fxsplit: split an unmodified PyTorch model over uneven devices and slow links.
+
+    pipe = fxsplit.compile(model, devices=["cpu", "cuda"], compressor="sortquant8")
+    loss_fn(pipe(x), y).backward()
+
+Each step of the road can be called alone: `trace`, `analyze`, `plan`, `rewrite`, `split`.
+"""
+
+from fxsplit.analyze import analyze
+from fxsplit.compile import compile
+from fxsplit.compressors import Compressor, compressor
+from fxsplit.costs import CostTable
+from fxsplit.errors import FxsplitError
+from fxsplit.passes import rewrite
+from fxsplit.planning import Budget, Plan, plan
+from fxsplit.runtime.pipeline import Pipeline
+from fxsplit.split import split
+from fxsplit.trace import TracedModel, trace
+
+__all__ = [
+    "Budget",
+    "Compressor",
+    "CostTable",
+    "FxsplitError",
+    "Pipeline",
+    "Plan",
+    "TracedModel",
+    "analyze",
+    "compile",
+    "compressor",
+    "plan",
+    "rewrite",
+    "split",
+    "trace",
+]

@@ -1,0 +1,123 @@
+"""The table of compressors, and how one is asked for by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from importlib.metadata import EntryPoint, entry_points
+
+from fxsplit.compressors.base import Compressor
+from fxsplit.compressors.fast_quantization import FastQuantization
+from fxsplit.compressors.lossless import Lossless
+from fxsplit.compressors.sort_quantization import SortQuantization
+from fxsplit.compressors.spelling import Value, format_value, parse_spelling
+from fxsplit.compressors.uniform import Uniform
+from fxsplit.errors import CompressorError, nearest
+
+COMPRESSORS: tuple[type[Compressor], ...] = (Lossless, Uniform, SortQuantization, FastQuantization)
+"""The built-in compressors. To add one, write its file and add its class here."""
+
+ENTRY_POINTS = "fxsplit.compressors"
+"""The entry point group of compressors in other packages; an entry point is named like its class's `name`."""
+
+
+def compressor(spelling: str | Compressor | None) -> Compressor:
+    """The compressor that a spelling asks for; None asks for 'none', and a compressor is returned as it is.
+
+    A spelling is `name`, `nameBITS`, `name(key=value, ...)` or `nameBITS(key=value, ...)`; values are
+    integers, floats, true, false, none, words or quoted strings. `compressor(str(c)) == c` for every
+    compressor.
+
+    Raises:
+        CompressorError: not a spelling, an unknown compressor or argument, or a value that it does not take.
+
+    >>> compressor("sortquant8(split=4)")
+    SortQuantization(bits=8, split=4)
+    """
+    if spelling is None:
+        return Lossless()
+    if isinstance(spelling, Compressor):
+        return spelling
+    if not isinstance(spelling, str):
+        raise CompressorError(
+            "a compressor is asked for by name",
+            found=f"{spelling!r} of type {type(spelling).__name__}",
+            allowed="a string such as 'sortquant8', a Compressor, or None",
+        )
+    word, arguments = parse_spelling(spelling)
+    kind, bits = _find(word)
+    if bits is not None:
+        if "bits" in arguments:
+            raise CompressorError(
+                "bits are given twice",
+                found=spelling,
+                allowed="one of them",
+                hint=f"{kind.name}{bits} or {kind.name}(bits={format_value(arguments['bits'])})",
+            )
+        arguments = {"bits": bits, **arguments}
+    _check_arguments(kind, arguments, spelling)
+    build: Callable[..., Compressor] = kind
+    return build(**arguments)
+
+
+def _find(word: str) -> tuple[type[Compressor], int | None]:
+    """The class that a word names, and the bits behind the name; a name may itself end in digits."""
+    candidates: list[tuple[str, int | None]] = [(word, None)]
+    if match := re.fullmatch(r"(.*[^0-9])([0-9]+)", word):
+        candidates.append((match[1], int(match[2])))
+    for name, bits in candidates:
+        for kind in COMPRESSORS:
+            if kind.name == name:
+                return kind, bits
+    others = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    for name, bits in candidates:
+        if name in others:
+            return _load(others[name]), bits
+    known = [kind.name for kind in COMPRESSORS] + sorted(others)
+    raise CompressorError(
+        "unknown compressor",
+        found=word,
+        allowed=", ".join(known),
+        hint=nearest(candidates[-1][0], known),
+    )
+
+
+def _load(entry: EntryPoint) -> type[Compressor]:
+    """The class behind an entry point; what goes wrong there is said to be that package's."""
+    try:
+        kind = entry.load()
+    except Exception as error:
+        raise CompressorError(
+            "a compressor of another package cannot be imported",
+            where=f"entry point {entry.name} = {entry.value}",
+            found=f"{type(error).__name__}: {error}",
+            hint="install or repair the package that registers it",
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Compressor) and kind.name == entry.name):
+        raise CompressorError(
+            "an entry point is not a compressor",
+            where=f"entry point {entry.name} = {entry.value}",
+            found=repr(kind),
+            allowed=f"a subclass of Compressor with the name {entry.name!r}",
+        )
+    return kind
+
+
+def _check_arguments(kind: type[Compressor], arguments: dict[str, Value], spelling: str) -> None:
+    """Refuses arguments that the class has no field for, and the lack of one that it needs."""
+    known = {field.name: field for field in fields(kind) if field.init}
+    for key in arguments:
+        if key not in known:
+            raise CompressorError(
+                f"{kind.name} has no argument {key}",
+                where=spelling,
+                found=key,
+                allowed=", ".join(known) or "no arguments",
+                hint=nearest(key, known) or None,
+            )
+    for key, field in known.items():
+        if key not in arguments and field.default is MISSING and field.default_factory is MISSING:
+            raise CompressorError(
+                f"{kind.name} needs the argument {key}", where=spelling, allowed=", ".join(known)
+            )

@@ -1,0 +1,101 @@
+"""What a traced model costs: one row a node, one row a value that may cross a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fxsplit.spec import TensorSpec
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """Costs of one graph node for the whole batch.
+
+    Attributes:
+        name: the node's name in the graph.
+        module: qualified name of the module that made it ('' for the model itself).
+        kind: class of the called module, or the name of the function.
+        forward_macs: multiply-accumulate operations of its forward.
+        output_bytes: bytes of the tensors it returns.
+        parameter_bytes: bytes of the parameters and buffers it is the first to use.
+    """
+
+    name: str
+    module: str
+    kind: str
+    forward_macs: int
+    output_bytes: int
+    parameter_bytes: int
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of the graph that later nodes use, and that crosses every cut between its maker and them.
+
+    Attributes:
+        name: name of the node that makes it.
+        producer: index of that node in `CostTable.nodes`; -1 for an input of the model.
+        consumers: ascending indices of the nodes that use it; `len(nodes)` stands for the model's output.
+        spec: shape and dtype, or None for a value that is not a tensor (sizes, masks that are None).
+        is_activation: whether it depends on a parameter: such floating point tensors may be compressed.
+    """
+
+    name: str
+    producer: int
+    consumers: tuple[int, ...]
+    spec: TensorSpec | None
+    is_activation: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the value, uncompressed."""
+        return self.spec.nbytes if self.spec is not None else 0
+
+    @property
+    def is_compressible(self) -> bool:
+        """Whether a lossy compressor may be put on it."""
+        return self.is_activation and self.spec is not None and self.spec.is_floating_point
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs of a traced model at one batch size, keyed by node name.
+
+    Attributes:
+        model: class name of the model.
+        fingerprint: digest of the model's structure, by which a saved plan knows its model.
+        batch_size: samples in the batch that was priced.
+        nodes: one row a node, in execution order; model inputs and plain parameters have no row.
+        values: every value that could cross a cut.
+        cut_points: module name -> index of the first node of its first call: a stage may begin there.
+        uncounted: operations without a formula for their MACs, named so that no one takes them for free.
+    """
+
+    model: str
+    fingerprint: str
+    batch_size: int
+    nodes: tuple[NodeCost, ...]
+    values: tuple[Value, ...]
+    cut_points: Mapping[str, int]
+    uncounted: tuple[str, ...] = ()
+    _by_name: dict[str, NodeCost] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {node.name: node for node in self.nodes})
+
+    def __getitem__(self, name: str) -> NodeCost:
+        return self._by_name[name]
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def forward_macs(self) -> int:
+        """MACs of the whole forward."""
+        return sum(node.forward_macs for node in self.nodes)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of all parameters and buffers."""
+        return sum(node.parameter_bytes for node in self.nodes)

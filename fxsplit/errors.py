@@ -1,0 +1,88 @@
+"""Errors of fxsplit: what went wrong, where, what was found, what is allowed and what to try."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FxsplitError(Exception):
+    """The one root of every error that fxsplit raises on purpose.
+
+    Args:
+        what: one sentence: what is wrong.
+        where: the node, module, source line, edge or worker concerned.
+        found: what was found there.
+        allowed: what would have been accepted.
+        hint: the next thing to try.
+
+    >>> print(CompressorError("unknown compressor", found="sortqant8", allowed="none, sortquant4-16"))
+    unknown compressor
+      found:   sortqant8
+      allowed: none, sortquant4-16
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        found: object = None,
+        allowed: object = None,
+        hint: str | None = None,
+    ) -> None:
+        details = (("where", where), ("found", found), ("allowed", allowed), ("try", hint))
+        lines = [f"  {label + ':':<8} {detail}" for label, detail in details if detail is not None]
+        super().__init__("\n".join([what, *lines]))
+        self.what = what
+        self.where = where
+        self.found = found
+        self.allowed = allowed
+        self.hint = hint
+
+
+class TraceError(FxsplitError):
+    """The model cannot be traced, or its trace does not reproduce it."""
+
+
+class PlanError(FxsplitError):
+    """Cuts, devices or a saved plan do not fit the model."""
+
+
+class BudgetError(PlanError):
+    """No plan satisfies the budget; the message names the binding line."""
+
+
+class CompressorError(FxsplitError):
+    """An unknown compressor, a wrong argument of one, or a tensor it does not take."""
+
+
+class PassError(FxsplitError):
+    """A graph pass broke its contract, or was given a graph it does not take."""
+
+
+class DeviceError(FxsplitError):
+    """A device or worker that does not exist here."""
+
+
+class InputError(FxsplitError):
+    """A call of the pipeline with inputs it cannot take."""
+
+
+class PipelineError(FxsplitError):
+    """The pipeline cannot do what was asked in its present state."""
+
+
+class WorkerError(PipelineError):
+    """A worker died, did not start, or raised an exception."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The known names most like `name`, for the hint of an error; all of them if none is like it and they are few.
+
+    >>> nearest("featurs.1", ["features.0", "features.1", "classifier"])
+    'features.1, features.0'
+    """
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=count, cutoff=0.6)
+    return ", ".join(close or names[:12])

@@ -1,0 +1,51 @@
+"""Which modules to open, so that cuts may lie inside them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fxsplit.analyze import module_macs
+from fxsplit.errors import TraceError
+from fxsplit.trace import Arguments, CallLayout, TracedModel, trace
+from fxsplit.trace.call import batch_size, resample
+
+OPEN_SHARE = 0.03
+"""A module is opened if it has at least this share of the model's MACs: what is smaller is not worth cutting."""
+
+
+def trace_for_planning(model: nn.Module, example: Arguments, *, verify: bool = True) -> TracedModel:
+    """Traces a model with every module opened that is large beside the whole.
+
+    Where an opened module cannot be traced, the innermost ones are closed again, level by level.
+
+    Raises:
+        TraceError: the model cannot be traced with even its outermost modules opened.
+    """
+    opened = large_modules(model, example)
+    while True:
+        try:
+            return trace(model, example, opened=opened, verify=verify)
+        except TraceError:
+            if not opened:
+                raise
+            deepest = max(name.count(".") for name in opened)
+            opened = [name for name in opened if name.count(".") < deepest]
+
+
+def large_modules(model: nn.Module, example: Arguments) -> list[str]:
+    """The modules worth opening: large, and with modules of their own inside."""
+    call, leaves = CallLayout.of(model, example)
+    samples = resample(leaves, [i % batch_size(leaves) for i in range(2)])
+    macs = module_macs(model, call, samples)
+    least = OPEN_SHARE * max(macs.get("", 0), 1)
+    return [
+        name
+        for name, module in model.named_modules()
+        if name and macs.get(name, 0) >= least and _can_be_opened(module)
+    ]
+
+
+def _can_be_opened(module: nn.Module) -> bool:
+    """Torch's own composite modules (attention, transformer layers) stay whole: their forwards have fast paths."""
+    is_own = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+    return not is_own and any(True for _ in module.children())

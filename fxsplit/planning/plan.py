@@ -1,0 +1,304 @@
+"""The plan: which stage runs where, what crosses the cuts, and what that is predicted to take."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fxsplit.costs import CostTable
+from fxsplit.errors import DeviceError, PlanError, nearest
+from fxsplit.planning import document
+from fxsplit.planning.devices import parse_devices
+from fxsplit.planning.document import Reader, boolean, integer, list_of, number, read_object, refuse, text
+from fxsplit.planning.parts import (
+    CUT_READERS,
+    EDGE_READERS,
+    Cut,
+    Edge,
+    Part,
+    check_edge,
+    edges_across,
+    read_codec,
+    read_cut,
+    read_edge,
+    read_part,
+)
+from fxsplit.planning.render import Report
+from fxsplit.planning.units import format_bytes, format_macs, format_seconds
+
+VERSION = 1
+"""Version of the saved plan; a reader refuses newer ones."""
+
+SCHEDULES = ("gpipe",)
+"""The schedules that a plan may name."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cuts, placement, compressors and predictions for one model at one batch size; prints as a table.
+
+    Attributes:
+        model: class name of the model.
+        fingerprint: digest of the model's structure.
+        batch_size: samples in the batch that all bytes and times are for.
+        devices: the device of each stage, as written; the first is the client's.
+        cuts: one fewer than there are stages, in stage order.
+        parts: one a stage.
+        edges: every value that one stage makes and another uses, also between stages of one worker.
+        chunks: micro-batches of a batch.
+        schedule: name of the pipeline schedule.
+        compressor: spelling of the compressor asked for.
+        gradient_compressor: spelling of the compressor asked for, for gradients.
+        predicted_step_s: predicted seconds of a training step; the time of the compressors is not in it.
+        lower_bound_s: seconds below which no choice of cuts comes, by the same prediction.
+        is_optimal: whether the cuts are proven to have the least predicted step time (under the budget).
+        note: how the plan came about and what it assumes.
+
+    Raises:
+        PlanError: the fields contradict each other.
+    """
+
+    model: str
+    fingerprint: str
+    batch_size: int
+    devices: tuple[str, ...]
+    cuts: tuple[Cut, ...]
+    parts: tuple[Part, ...]
+    edges: tuple[Edge, ...]
+    chunks: int
+    schedule: str
+    compressor: str
+    gradient_compressor: str
+    predicted_step_s: float
+    lower_bound_s: float
+    is_optimal: bool
+    note: str
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        self._check_stages()
+        for index, edge in enumerate(self.edges):
+            check_edge(edge, self.workers, f"plan.edges[{index}]")
+        if len({(edge.value, edge.source, edge.target) for edge in self.edges}) < len(self.edges):
+            refuse("plan.edges", "the same edge twice", "one edge for a value and a target")
+        for index, cut in enumerate(self.cuts):
+            expected = edges_across(cut.stage, self.edges, self.workers)
+            if cut.stage != index + 1 or cut.edges != expected:
+                allowed = f"the cut before stage {index + 1}, with all its edges"
+                refuse(f"plan.cuts[{index}]", cut.name, allowed)
+
+    def _check_stages(self) -> None:
+        try:
+            placements = parse_devices(self.devices)
+        except DeviceError as error:
+            refuse("plan.devices", error.found, f"{error.what}: {error.allowed}")
+        stages = len(placements)
+        if len(self.parts) != stages or len(self.cuts) != stages - 1:
+            counts = f"{len(self.parts)} parts and {len(self.cuts)} cuts"
+            refuse("plan", counts, f"{stages} parts and {stages - 1} cuts for {stages} devices")
+        for index, (part, placement) in enumerate(zip(self.parts, placements, strict=True)):
+            found = (part.stage, part.device, part.worker)
+            expected = (index, placement.spelling, placement.worker)
+            if found != expected:
+                refuse(f"plan.parts[{index}]", found, f"{expected}, as the devices say")
+        if self.chunks < 1:
+            refuse("plan.chunks", self.chunks, "1 or more")
+        if self.schedule not in SCHEDULES:
+            refuse("plan.schedule", self.schedule, ", ".join(SCHEDULES))
+
+    @property
+    def cut_names(self) -> tuple[str, ...]:
+        """Names of the cuts, in stage order: with `devices`, all that is needed to plan the same again."""
+        return tuple(cut.name for cut in self.cuts)
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The worker of each stage."""
+        return tuple(part.worker for part in self.parts)
+
+    @property
+    def inputs(self) -> tuple[Edge, ...]:
+        """The edges from the model's inputs to the stages that use them, stage 0 included."""
+        return tuple(edge for edge in self.edges if edge.source == -1)
+
+    @property
+    def outputs(self) -> tuple[Edge, ...]:
+        """The edges from the stages to the model's outputs."""
+        return tuple(edge for edge in self.edges if edge.target == len(self.parts))
+
+    @property
+    def gap(self) -> float:
+        """Largest possible excess of `predicted_step_s` over the best cuts' there are; 0.1 is a tenth."""
+        if self.is_optimal or self.lower_bound_s >= self.predicted_step_s:
+            return 0.0
+        return self.predicted_step_s / self.lower_bound_s - 1 if self.lower_bound_s > 0 else float("inf")
+
+    def check_model(self, costs: CostTable) -> None:
+        """Check that the plan was made for the model of `costs`; its batch size may be another.
+
+        Raises:
+            PlanError: the fingerprint differs, or a cut is not in the model.
+        """
+        if self.fingerprint != costs.fingerprint:
+            raise PlanError(
+                "the plan was made for another model",
+                found=f"{self.model} ({self.fingerprint})",
+                allowed=f"{costs.model} ({costs.fingerprint})",
+                hint="plan again for this model",
+            )
+        for name in self.cut_names:
+            if name not in costs.cut_points:
+                close = nearest(name, costs.cut_points)
+                raise PlanError(
+                    "the plan cuts at a module that is not in the model", found=name, allowed=close
+                )
+
+    def to_json(self) -> str:
+        """The plan as JSON text; bytes and MACs are whole numbers for a batch, times are seconds."""
+        data: dict[str, object] = {name: getattr(self, name) for name in _READERS}
+        # The edges of a cut are told by `edges`; its sums are written for other readers.
+        data["cuts"] = [{name: getattr(cut, name) for name in CUT_READERS} for cut in self.cuts]
+        data["parts"] = [asdict(part) for part in self.parts]
+        data["edges"] = [
+            {**{name: getattr(edge, name) for name in EDGE_READERS}, "spec": document.spec_to_json(edge.spec)}
+            for edge in self.edges
+        ]
+        return json.dumps(data, indent=2)
+
+    @classmethod
+    def from_json(cls, source: str) -> Plan:
+        """The plan of `to_json`. Everything is checked and nothing is evaluated.
+
+        Raises:
+            PlanError: damaged (line or field are named), written by a newer version, or larger than 64 MiB.
+        """
+        data = document.parse_json(source)
+        version = data.get("version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > VERSION:
+            raise PlanError(
+                "the plan was written by a newer version of fxsplit",
+                found=f"plan version {version}",
+                allowed=f"up to {VERSION}",
+                hint="update fxsplit, or plan again",
+            )
+        fields = read_object(data, "plan", _READERS)
+        workers = tuple(part.worker for part in fields["parts"])
+        for index, edge in enumerate(fields["edges"]):
+            check_edge(edge, workers, f"plan.edges[{index}]")
+        cuts = []
+        for index, row in enumerate(fields["cuts"]):
+            cut = Cut(row["name"], row["stage"], edges_across(row["stage"], fields["edges"], workers))
+            for name, value in row.items():
+                if getattr(cut, name) != value:
+                    refuse(f"plan.cuts[{index}].{name}", value, f"{getattr(cut, name)!r}, as its edges say")
+            cuts.append(cut)
+        return cls(**{**fields, "cuts": tuple(cuts)})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON. The file appears whole or not at all.
+
+        Raises:
+            PlanError: it cannot be written there.
+        """
+        target = Path(path)
+        try:
+            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(self.to_json() + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+        except OSError as error:
+            raise PlanError("the plan cannot be written", where=target, found=error.strerror) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """The plan of a file.
+
+        Raises:
+            PlanError: it cannot be read, or as `from_json`.
+        """
+        try:
+            with Path(path).open("rb") as file:
+                content = file.read(document.SIZE_LIMIT + 1)
+        except OSError as error:
+            raise PlanError("the plan cannot be read", where=path, found=error.strerror) from error
+        if len(content) > document.SIZE_LIMIT:
+            raise PlanError("the plan is too large", where=path, allowed=f"{document.SIZE_LIMIT} bytes")
+        try:
+            return cls.from_json(content.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise PlanError("the plan is damaged", where=path, found=str(error), allowed="UTF-8") from error
+        except PlanError as error:
+            where = f"{path}, {error.where}" if error.where is not None else path
+            raise PlanError(
+                error.what, where=where, found=error.found, allowed=error.allowed, hint=error.hint
+            ) from error
+
+    def report(self) -> Report:
+        """The plan as a table: one row a stage, with what crosses the cut before it."""
+        rows = []
+        for part, cut in zip(self.parts, (None, *self.cuts), strict=True):
+            bytes_over = (cut.raw_bytes, cut.wire_bytes, cut.gradient_wire_bytes) if cut is not None else ()
+            crossing = [format_bytes(count) for count in bytes_over] or ["", "", ""]
+            device = part.device if part.worker in part.device else f"{part.device} ({part.worker})"
+            costs = (format_macs(part.macs), format_bytes(part.parameter_bytes), *crossing)
+            row = (str(part.stage), device, _shorten(part.modules), *costs, format_seconds(part.step_s))
+            rows.append(row)
+        codecs = " / ".join(dict.fromkeys((self.compressor, self.gradient_compressor)))
+        title = f"{self.model}, batch {self.batch_size}: {self.schedule}, chunks {self.chunks}, {codecs}"
+        bound = f"at most {self.gap:.0%} above the best" if isfinite(self.gap) else "no bound known"
+        found = "optimal" if self.is_optimal else bound
+        step = f"predicted step {format_seconds(self.predicted_step_s)} ({found})"
+        return Report(title, _COLUMNS, tuple(rows), "\n".join(filter(None, (step, self.note))))
+
+    def __str__(self) -> str:
+        return self.report().text()
+
+    def __rich__(self) -> Table:
+        return self.report().table()
+
+    def _repr_html_(self) -> str:
+        return self.report().html()
+
+
+_COLUMNS = ("stage", "device", "modules", "MACs", "parameters", "over cut", "on wire", "gradients", "time")
+
+
+def _shorten(modules: tuple[str, ...], most: int = 3) -> str:
+    """The first and the last of many names."""
+    if len(modules) <= most:
+        return ", ".join(modules)
+    return f"{modules[0]} ... {modules[-1]} ({len(modules)})"
+
+
+_READERS: Mapping[str, Reader[Any]] = {
+    "version": integer(1),
+    "model": text,
+    "fingerprint": text,
+    "batch_size": integer(1),
+    "devices": list_of(text),
+    "cuts": list_of(read_cut),
+    "parts": list_of(read_part),
+    "edges": list_of(read_edge),
+    "chunks": integer(1),
+    "schedule": text,
+    "compressor": read_codec,
+    "gradient_compressor": read_codec,
+    "predicted_step_s": number,
+    "lower_bound_s": number,
+    "is_optimal": boolean,
+    "note": text,
+}

@@ -1,0 +1,131 @@
+"""Stages of a cost table: given the cuts, which nodes are in which part and which values become edges."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from fxsplit.compressors.base import Compressor
+from fxsplit.costs import CostTable, NodeCost, Value
+from fxsplit.planning.devices import Placement
+from fxsplit.planning.parts import NO_COMPRESSOR, Edge, Part, is_local
+from fxsplit.planning.predict import BACKWARD_COST, seconds_per_mac
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """The compressors of the two directions.
+
+    Attributes:
+        forward: compresses activations.
+        backward: compresses their gradients.
+    """
+
+    forward: Compressor
+    backward: Compressor
+
+    def edge(self, value: Value, source: int, target: int, workers: tuple[str, ...]) -> Edge:
+        """The edge of `value` between two stages.
+
+        The model's inputs and outputs cross uncompressed, and so does what may not be compressed. A gradient
+        has the shape and dtype of its value and flows back wherever the value depends on a parameter.
+        """
+        wire, gradient, forward, backward = value.nbytes, 0, NO_COMPRESSOR, NO_COMPRESSOR
+        if is_local(source, target, workers):
+            wire = 0
+        elif value.is_compressible:
+            gradient = value.nbytes
+            if source != -1 and target != len(workers) and value.spec is not None:
+                wire, gradient = self.forward.wire_bytes(value.spec), self.backward.wire_bytes(value.spec)
+                forward, backward = str(self.forward), str(self.backward)
+        return Edge(value.name, source, target, value.spec, value.nbytes, wire, gradient, forward, backward)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A cost table cut at the nodes `positions`, ascending indices, one fewer than there are placements."""
+
+    costs: CostTable
+    placements: tuple[Placement, ...]
+    positions: tuple[int, ...]
+
+    @cached_property
+    def workers(self) -> tuple[str, ...]:
+        """The worker of each stage."""
+        return tuple(placement.worker for placement in self.placements)
+
+    def edges(self, codecs: Codecs) -> tuple[Edge, ...]:
+        """Every value made by one stage and used by another, one edge for each that uses it."""
+        edges = []
+        for value in self.costs.values:
+            source = -1 if value.producer < 0 else self._stage_of(value.producer)
+            for target in dict.fromkeys(self._user(consumer) for consumer in value.consumers):
+                if target != source:
+                    edges.append(codecs.edge(value, source, target, self.workers))
+        return tuple(
+            sorted(edges, key=lambda edge: (edge.source, edge.target))
+        )  # stable: values in their order
+
+    def parts(self, edges: Iterable[Edge]) -> tuple[Part, ...]:
+        """What each stage holds and costs."""
+        received: dict[int, int] = defaultdict(int)
+        for edge in edges:
+            if not is_local(edge.source, edge.target, self.workers):
+                received[edge.target] += edge.raw_bytes
+        bounds = (0, *self.positions, len(self.costs))
+        homes = _module_stages(self.costs.nodes, self._stage_of)
+        parts = []
+        for stage, placement in enumerate(self.placements):
+            nodes = self.costs.nodes[bounds[stage] : bounds[stage + 1]]
+            macs = sum(node.forward_macs for node in nodes)
+            parameters = sum(node.parameter_bytes for node in nodes)
+            kept = sum(node.output_bytes for node in nodes) + received[stage]
+            forward_s = macs * seconds_per_mac(placement)
+            part = Part(
+                stage=stage,
+                device=placement.spelling,
+                worker=placement.worker,
+                modules=_whole_modules(nodes, homes),
+                macs=macs,
+                parameter_bytes=parameters,
+                memory_bytes=2 * parameters + kept,
+                forward_s=forward_s,
+                step_s=forward_s * (1.0 + BACKWARD_COST),
+            )
+            parts.append(part)
+        return tuple(parts)
+
+    def _stage_of(self, node: int) -> int:
+        return bisect_right(self.positions, node)
+
+    def _user(self, consumer: int) -> int:
+        """The stage of a consumer; the model's output counts as one stage more."""
+        return len(self.placements) if consumer >= len(self.costs) else self._stage_of(consumer)
+
+
+def _module_stages(nodes: Sequence[NodeCost], stage_of: Callable[[int], int]) -> dict[str, set[int]]:
+    """For each module, the stages in which it or a module inside it makes a node."""
+    homes: dict[str, set[int]] = defaultdict(set)
+    for index, node in enumerate(nodes):
+        for module in _ancestry(node.module):
+            homes[module].add(stage_of(index))
+    return homes
+
+
+def _whole_modules(nodes: Iterable[NodeCost], homes: dict[str, set[int]]) -> tuple[str, ...]:
+    """The outermost modules of `nodes` that are in one stage only."""
+    whole: dict[str, None] = {}
+    for node in nodes:
+        outermost = next((module for module in _ancestry(node.module) if len(homes[module]) == 1), None)
+        if outermost is not None:
+            whole[outermost] = None
+    return tuple(whole)
+
+
+def _ancestry(module: str) -> list[str]:
+    """The module and those around it, outermost first: 'a.b.c' gives 'a', 'a.b', 'a.b.c'; the model none."""
+    names = module.split(".") if module else []
+    return [".".join(names[: depth + 1]) for depth in range(len(names))]

@@ -1,0 +1,141 @@
+"""A stage: one part of the split model, and the ports by which values enter and leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from fxsplit.compressors import Compressor, Lossless
+
+CLIENT = -1
+"""The stage number of the client as a source: it feeds the model's inputs."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One value that goes from one stage to another.
+
+    Attributes:
+        value: name of the node that makes it.
+        source: the stage that makes it; `CLIENT` for an input of the model.
+        target: the stage that uses it; the number of stages for an output of the model.
+        compressor: of the value, forward.
+        gradient_compressor: of its gradient, backward.
+    """
+
+    value: str
+    source: int
+    target: int
+    compressor: Compressor = field(default_factory=Lossless)
+    gradient_compressor: Compressor = field(default_factory=Lossless)
+
+
+@dataclass(frozen=True)
+class _NodeRef:
+    name: str
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """A graph as plain data: what a stage is shipped as. Each row is name, operation, target, arguments."""
+
+    rows: tuple[tuple[str, str, Any, Any, Any], ...]
+
+    @classmethod
+    def of(cls, graph: Graph) -> GraphRecord:
+        """The record of a graph."""
+        refer = lambda node: _NodeRef(node.name)  # noqa: E731
+        return cls(
+            tuple(
+                (n.name, n.op, n.target, _map(n.args, Node, refer), _map(n.kwargs, Node, refer)) for n in graph.nodes
+            )
+        )
+
+    def build(self, replace_device: Mapping[torch.device, torch.device]) -> Graph:
+        """The graph, with device arguments recorded at tracing replaced by those of this stage."""
+        graph = Graph()
+        nodes: dict[str, Node] = {}
+
+        def resolve(value: Any) -> Any:
+            value = _map(value, _NodeRef, lambda ref: nodes[ref.name])
+            return _map(value, torch.device, lambda device: replace_device.get(device, device))
+
+        for name, op, target, args, kwargs in self.rows:
+            node = graph.create_node(op, target, resolve(args), resolve(kwargs), name=name)
+            nodes[name] = node
+        return graph
+
+
+def _map(value: Any, kind: type[Any], function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(v, kind, function) for v in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_map(v, kind, function) for v in value)
+    if isinstance(value, dict):
+        return {key: _map(v, kind, function) for key, v in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_map(v, kind, function) for v in (value.start, value.stop, value.step)))
+    return value
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """What a stage computes in one mode.
+
+    Attributes:
+        graph: takes the values of `inputs` in order and returns the tuple of the values named in `outputs`.
+        inputs: the edges by which values enter, in the order of the graph's inputs.
+        outputs: the names of the values that leave.
+        edges: the edges by which they leave; one value may leave by several.
+    """
+
+    graph: GraphRecord
+    inputs: tuple[Edge, ...]
+    outputs: tuple[str, ...]
+    edges: tuple[Edge, ...]
+
+
+class StageModule(nn.Module):
+    """One stage as an ordinary module: it holds the model's own submodules and parameters, under their own names.
+
+    Called with the values of its input edges, it returns the tuple of the values that leave it, in its present
+    mode. It can be pickled.
+    """
+
+    def __init__(self, tree: nn.Module, graphs: Mapping[bool, StageGraph], traced_device: torch.device) -> None:
+        super().__init__()
+        self.__dict__.update({k: v for k, v in tree.__dict__.items() if k not in ("training",)})
+        self._fxsplit_graphs = dict(graphs)
+        self._fxsplit_traced_device = traced_device
+        self._fxsplit_forwards: dict[bool, Callable[..., tuple[Any, ...]]] = {}
+
+    def ports(self, training: bool) -> StageGraph:
+        """Edges and graph of a mode."""
+        return self._fxsplit_graphs[training]
+
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        """The values that leave the stage."""
+        if self.training not in self._fxsplit_forwards:
+            self._fxsplit_forwards[self.training] = self._compile(self._fxsplit_graphs[self.training])
+        return self._fxsplit_forwards[self.training](self, *inputs)
+
+    def _compile(self, stage_graph: StageGraph) -> Callable[..., tuple[Any, ...]]:
+        module = GraphModule(nn.Module(), Graph(), class_name="Stage")
+        module.graph = stage_graph.graph.build(self._device_map())
+        forward: Callable[..., tuple[Any, ...]] = type(module).forward
+        return forward
+
+    def _device_map(self) -> dict[torch.device, torch.device]:
+        tensors: Iterable[Tensor] = (*self.parameters(), *self.buffers())
+        home = next((tensor.device for tensor in tensors), self._fxsplit_traced_device)
+        return {self._fxsplit_traced_device: home}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fxsplit_forwards": {}}

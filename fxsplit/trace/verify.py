@@ -1,0 +1,116 @@
+"""Every trace is checked against the model itself before anything is built on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxsplit.errors import TraceError
+from fxsplit.trace.call import CallLayout, batch_size, is_batched, resample
+from fxsplit.trace.traced import TracedGraph, mode_name
+
+
+@contextmanager
+def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
+    """Runs what is inside in a mode; afterwards modes, buffers and random number generators are as before."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    model.train(training)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers and buffer.shape == buffers[name].shape:
+                    buffer.copy_(buffers[name])
+
+
+def other_samples(leaves: Sequence[Any]) -> list[Any]:
+    """Another batch: three samples, in another order, with other numbers in the floating point inputs."""
+    samples = batch_size(leaves)
+    changed = resample(leaves, [(i + 1) % samples for i in range(3)])
+    return [v * 0.75 if isinstance(v, Tensor) and v.is_floating_point() else v for v in changed]
+
+
+def other_masks(call: CallLayout, leaves: Sequence[Any]) -> list[Any] | None:
+    """The same batch with every padding mask turned around: padding where there was none, or none where there was.
+
+    None if no input looks like a padding mask: an integer or boolean `[batch, length]` of zeros and ones.
+    """
+    samples = batch_size(leaves)
+    changed, found = list(leaves), False
+    for i, (name, leaf) in enumerate(zip(call.names, leaves, strict=True)):
+        if "mask" not in name or not is_batched(leaf, samples) or leaf.dim() != 2 or leaf.is_floating_point():
+            continue
+        mask = torch.ones_like(leaf)
+        if bool((leaf == 1).all()) and leaf.shape[1] > 1:
+            mask[: (samples + 1) // 2, -(leaf.shape[1] // 3 or 1) :] = 0
+        changed[i], found = mask, True
+    return changed if found else None
+
+
+def compare_runs(
+    model: nn.Module,
+    call: CallLayout,
+    traced: TracedGraph,
+    training: bool,
+    leaves: Sequence[Any],
+    what: str,
+    reads: Sequence[str],
+) -> None:
+    """Runs model and graph on the same inputs with the same seed and compares outputs and buffers bit for bit.
+
+    Raises:
+        TraceError: as in `trace`.
+    """
+    results = []
+    for run in (
+        lambda: call.call(model, leaves),
+        lambda: traced.output.build(traced.module(*(v for v in leaves if isinstance(v, Tensor)))),
+    ):
+        with undisturbed(model, training), torch.no_grad():
+            traced.module.train(training)
+            outputs = pytree.tree_leaves(run())
+            results.append((outputs, [buffer.clone() for buffer in model.buffers()]))
+    (expected, buffers), (found, graph_buffers) = results
+    where = f"{type(model).__name__}, {mode_name(training)} mode, {what}"
+    if len(expected) != len(found):
+        raise _differs(where, f"{len(found)} outputs", f"{len(expected)} outputs", reads)
+    for kind, left, right in (("output", expected, found), ("buffer", buffers, graph_buffers)):
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            if difference := _difference(a, b):
+                raise _differs(where, f"{kind} {index} {difference}", "equal bit for bit", reads)
+
+
+def _difference(expected: Any, found: Any) -> str | None:
+    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+        same = expected is found or type(expected) is type(found)
+        return None if same else f"is {found!r} where the model gives {expected!r}"
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return f"is {found.dtype}{list(found.shape)} where the model gives {expected.dtype}{list(expected.shape)}"
+    if expected.is_floating_point() or expected.is_complex():
+        if torch.equal(torch.nan_to_num(expected), torch.nan_to_num(found)):
+            return None
+        return f"differs by {(expected - found).abs().max().item():.3g}"
+    return None if torch.equal(expected, found) else f"differs in {int((expected != found).sum())} elements"
+
+
+def _differs(where: str, found: str, allowed: str, reads: Sequence[str]) -> TraceError:
+    lines = "; ".join(dict.fromkeys(reads))
+    return TraceError(
+        "the traced graph does not reproduce the model",
+        where=where,
+        found=found,
+        allowed=allowed,
+        hint=f"the model decides on data at: {lines}" if lines else "cut elsewhere: modules without cuts stay whole",
+    )

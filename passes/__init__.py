@@ -1,0 +1,69 @@
+"""Graph rewrites: each pass is one file and one name in `PASSES`."""
+
+if __name__ != "fxsplit.passes":
+    raise ImportError("import this package as fxsplit.passes, not by its folder's name")
+
+from dataclasses import replace
+
+from torch.fx import Graph, GraphModule, Node
+
+from fxsplit.errors import PlanError
+from fxsplit.passes.assign_stages import AssignStages
+from fxsplit.passes.base import Pass
+from fxsplit.passes.insert_codecs import InsertCodecs
+from fxsplit.planning import Plan
+from fxsplit.trace.traced import TracedGraph, TracedModel, constants_of, make_graph_module, mode_name
+
+__all__ = ["PASSES", "AssignStages", "InsertCodecs", "Pass", "rewrite"]
+
+PASSES: tuple[type[Pass], ...] = (AssignStages, InsertCodecs)
+
+
+def rewrite(traced: TracedModel, plan: Plan) -> TracedModel:
+    """Carries a plan out on a traced model: every node gets its stage, and cut edges their codecs.
+
+    The result is still an ordinary callable that runs whole in one process, codecs inside, over the same
+    parameters. The traced model stays as it is.
+
+    Raises:
+        PlanError: a cut of the plan is not reached in one of the model's modes.
+    """
+    done: dict[int, TracedGraph] = {}
+    graphs = {}
+    for training, graph in traced.graphs.items():
+        if id(graph) not in done:
+            done[id(graph)] = _rewrite_graph(traced, graph, plan, mode_name(training))
+        graphs[training] = done[id(graph)]
+    return replace(traced, graphs=graphs)
+
+
+def passes_of(plan: Plan, graph: TracedGraph, mode: str) -> tuple[Pass, ...]:
+    """The passes that carry a plan out, in their order."""
+    for name in plan.cut_names:
+        if name not in graph.cut_points:
+            raise PlanError(
+                f"the model does not call '{name}' in {mode} mode, so no stage can begin there",
+                found=name,
+                hint="cut at a module that both modes call",
+            )
+    return (
+        AssignStages(tuple(graph.cut_points[name] for name in plan.cut_names)),
+        InsertCodecs(plan.workers, (plan.compressor,) * len(plan.cuts), plan.gradient_compressor),
+    )
+
+
+def _rewrite_graph(traced: TracedModel, graph: TracedGraph, plan: Plan, mode: str) -> TracedGraph:
+    module = _copy(traced, graph.module)
+    for each in passes_of(plan, graph, mode):
+        each(module)
+    return replace(graph, module=module)
+
+
+def _copy(traced: TracedModel, module: GraphModule) -> GraphModule:
+    """The same graph over the same parameters, to be changed."""
+    copy, made = Graph(), dict[Node, Node]()
+    for node in module.graph.nodes:
+        made[node] = copy.node_copy(node, lambda n: made[n])
+        made[node].meta = dict(node.meta)
+        made[node].name = node.name
+    return make_graph_module(traced.model, copy, constants_of(module, module.graph), type(traced.model).__name__)

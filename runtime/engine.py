@@ -1,0 +1,328 @@
+"""The client's engine: sets workers to work, feeds inputs, collects outputs, and notices when one fails."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_all
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fxsplit.errors
+from fxsplit.errors import FxsplitError, PipelineError, WorkerError
+from fxsplit.planning import Plan
+from fxsplit.runtime import shipping
+from fxsplit.runtime.metrics import LinkTraffic, Metrics, RunReport
+from fxsplit.runtime.packet import Key, Packet, pack, unpack
+from fxsplit.schedules import Action, schedule
+from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, Transport, wait
+from fxsplit.runtime.worker import Failure, Worker
+from fxsplit.split import Boundary, SplitModel
+from fxsplit.stage import CLIENT, Edge
+
+_ABORT_WAIT_S = 5.0
+
+
+@dataclass
+class Run:
+    """One forward of the pipeline, and what its backward needs.
+
+    Attributes:
+        number: its name in the keys of its packets.
+        training: the mode it runs in.
+        edges: the edges that bring the outputs.
+        needs_gradient: (micro-batch, index of the edge) -> whether that output leads a gradient back.
+        inputs: the edges that took inputs away for which the caller wants a gradient, by micro-batch and leaf.
+    """
+
+    number: int
+    training: bool
+    chunks: int
+    edges: tuple[Edge, ...] = ()
+    needs_gradient: set[tuple[int, int]] = field(default_factory=set)
+    inputs: list[tuple[int, int, Edge]] = field(default_factory=list)
+
+
+class Engine:
+    """Runs split models over a transport. Not safe to call from several threads at once."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.metrics = Metrics()
+        self.remote: tuple[str, ...] = ()
+        self._transport = transport
+        self._endpoint: Endpoint | None = None
+        self._worker: Worker | None = None
+        self._numbers = itertools.count(1)
+        self._discards: list[int] = []
+        self._split: SplitModel | None = None
+
+    # ------------------------------------------------------------------ life
+
+    def start(self, workers: Iterable[str]) -> None:
+        """Starts the workers beside the client.
+
+        Raises:
+            WorkerError: one of them did not start.
+        """
+        self.remote = tuple(dict.fromkeys(w for w in workers if w != CLIENT_NAME))
+        self._endpoint = self._transport.start(self.remote, self._handle)
+        self._worker = Worker(self._endpoint, self._check)
+
+    def describe(self) -> dict[str, tuple[str, int]]:
+        """Host and process id by worker."""
+        return self._transport.describe()
+
+    def close(self) -> None:
+        """Ends all workers. Never hangs; may be called twice."""
+        self._endpoint = self._worker = None
+        self._transport.close()
+
+    def load(self, split: SplitModel, plan: Plan, canonical: dict[str, str]) -> None:
+        """Gives every worker its stages."""
+        self._split, self._plan = split, plan
+        self._schedule = schedule(plan.schedule)
+        futures = {}
+        for worker in (CLIENT_NAME, *self.remote):
+            held = {i: split.stages[i] for i, name in enumerate(plan.workers) if name == worker}
+            devices = {part.stage: part.device.rpartition("/")[2] for part in plan.parts if part.stage in held}
+            arguments = (*shipping.dump(held), devices, plan.workers, canonical)
+            futures[worker] = self._call(worker, "load", *arguments)
+        self._gather(futures)
+
+    # ------------------------------------------------------------------ commands
+
+    def broadcast(self, command: str, *arguments: Any) -> dict[str, Any]:
+        """Runs a command on every worker, the client included, and returns the results by worker."""
+        return self._gather({w: self._call(w, command, *arguments) for w in (*self.remote, CLIENT_NAME)})
+
+    def call(self, worker: str, command: str, *arguments: Any) -> Any:
+        """Runs a command on one worker."""
+        return self._gather({worker: self._call(worker, command, *arguments)})[worker]
+
+    def _call(self, worker: str, command: str, *arguments: Any) -> Future[Any]:
+        if worker == CLIENT_NAME:
+            return self._handle(command, arguments)
+        return self._open().call(worker, command, *arguments)
+
+    def _handle(self, command: str, arguments: tuple[Any, ...]) -> Future[Any]:
+        """The client's own commands run in the calling thread, where its autocast and seeds are."""
+        result: Future[Any] = Future()
+        self._open()
+        assert self._worker is not None
+        result.set_result(self._worker.execute(command, arguments))
+        return result
+
+    def _gather(self, futures: dict[str, Future[Any]]) -> dict[str, Any]:
+        pending = list(futures.values())
+        results = {worker: wait(future, lambda: self._check_all(pending)) for worker, future in futures.items()}
+        for result in results.values():
+            _raise_failure(result)
+        return results
+
+    def _open(self) -> Endpoint:
+        if self._endpoint is None:
+            raise PipelineError("the pipeline is closed", hint="compile the model again")
+        return self._endpoint
+
+    def _check(self) -> None:
+        if reason := self._transport.lost():
+            raise WorkerError(
+                f"lost a worker: {reason}",
+                hint="the pipeline cannot go on; close it and compile the model again",
+            )
+
+    def _check_all(self, futures: Iterable[Future[Any]]) -> None:
+        for future in futures:
+            if future.done() and future.exception() is None:
+                _raise_failure(future.result())
+        self._check()
+        for future in futures:
+            if future.done():
+                future.result()
+
+    # ------------------------------------------------------------------ steps
+
+    def forward(self, chunks: Sequence[Sequence[Tensor]], training: bool, grad: bool) -> tuple[Run, list[list[Any]]]:
+        """Runs the forward pipeline.
+
+        Args:
+            chunks: the tensor inputs of the model, by micro-batch.
+            training: the mode.
+            grad: whether a backward may follow.
+
+        Returns:
+            the run, and the values of its output edges by micro-batch.
+        """
+        start = time.perf_counter()
+        boundary = self._boundary(training)
+        edges = tuple(dict.fromkeys(leaf for leaf in boundary.outputs if isinstance(leaf, Edge)))
+        run = Run(next(self._numbers), training, len(chunks), edges)
+        while self._discards:
+            number = self._discards.pop()
+            for worker in (*self.remote, CLIENT_NAME):
+                self._call(worker, "discard", number)
+        with self._phase(run, backward=False, grad=grad) as phase:
+            for index, edge in boundary.inputs:
+                for m, leaves in enumerate(chunks):
+                    self._feed(run, edge, m, leaves[index], backward=False)
+                    if grad and leaves[index].requires_grad:
+                        run.inputs.append((m, index, edge))
+            phase.run_locally()
+            outputs = [[self._collect(run, i, m, phase.check) for i in range(len(edges))] for m in range(len(chunks))]
+        self.metrics.calls += 1
+        self.metrics.total_s += time.perf_counter() - start
+        return run, outputs
+
+    def backward(self, run: Run, gradients: Sequence[Sequence[Tensor | None]]) -> dict[tuple[int, int], Tensor]:
+        """Runs the backward pipeline.
+
+        Args:
+            run: the forward that it belongs to.
+            gradients: of the output edges, by micro-batch.
+
+        Returns:
+            the gradients of the inputs that need one, by micro-batch and index of the input.
+        """
+        start = time.perf_counter()
+        with self._phase(run, backward=True, grad=True) as phase:
+            for m, of_edges in enumerate(gradients):
+                for i, (edge, gradient) in enumerate(zip(run.edges, of_edges, strict=True)):
+                    if (m, i) in run.needs_gradient:
+                        self._feed(run, edge, m, gradient, backward=True)
+            phase.run_locally()
+            found: dict[tuple[int, int], Tensor] = {}
+            for m, index, edge in run.inputs:
+                packet = self._take(Key(run.number, edge.value, edge.source, edge.target, m, True), phase.check)
+                gradient = unpack(packet, edge, True, torch.device("cpu")) if packet.spec else None
+                if gradient is not None:
+                    known = found.get((m, index))
+                    found[m, index] = gradient if known is None else known + gradient
+        self.metrics.total_s += time.perf_counter() - start
+        return found
+
+    def discard(self, number: int) -> None:
+        """Notes that a run's backward will not come; the workers are told with the next run."""
+        self._discards.append(number)
+
+    def output_leaves(self, training: bool, values: Sequence[Any]) -> list[Any]:
+        """The leaves of the model's output from the values of the output edges."""
+        boundary = self._boundary(training)
+        edges = dict.fromkeys(leaf for leaf in boundary.outputs if isinstance(leaf, Edge))
+        by_edge = dict(zip(edges, values, strict=True))
+        return [by_edge[leaf] if isinstance(leaf, Edge) else leaf for leaf in boundary.outputs]
+
+    def _boundary(self, training: bool) -> Boundary:
+        assert self._split is not None
+        return self._split.boundaries[training]
+
+    def _phase(self, run: Run, backward: bool, grad: bool) -> _Phase:
+        return _Phase(self, run, backward, grad)
+
+    def _actions(self, worker: str, run: Run, backward: bool) -> list[Action]:
+        stages = [i for i, name in enumerate(self._plan.workers) if name == worker]
+        actions = self._schedule.actions(stages, len(self._plan.workers), run.chunks)
+        return [action for action in actions if action.backward == backward]
+
+    def _feed(self, run: Run, edge: Edge, micro_batch: int, value: Any, backward: bool) -> None:
+        """Sends an input to the stage that uses it, or a gradient to the one that made the output."""
+        key = Key(run.number, edge.value, edge.source, edge.target, micro_batch, backward)
+        stage = edge.source if backward else edge.target
+        to = CLIENT_NAME if stage in (CLIENT, len(self._plan.workers)) else self._plan.workers[stage]
+        packet = pack(value, edge, key)
+        endpoint = self._open()
+        if to == CLIENT_NAME:
+            endpoint.mailbox.deliver(key, packet)
+        else:
+            self.metrics.add_traffic(
+                LinkTraffic(CLIENT_NAME, to, backward, packet.raw_bytes, packet.wire_bytes, 1)
+            )
+            endpoint.send(to, key, packet)
+
+    def _collect(self, run: Run, index: int, micro_batch: int, check: Callable[[], None]) -> Any:
+        edge = run.edges[index]
+        packet = self._take(Key(run.number, edge.value, edge.source, edge.target, micro_batch, False), check)
+        if packet.requires_grad and edge.source != CLIENT:
+            run.needs_gradient.add((micro_batch, index))
+        return unpack(packet, edge, False, self._device())
+
+    def _take(self, key: Key, check: Callable[[], None]) -> Packet:
+        mailbox = self._open().mailbox
+        packet: Packet = wait(mailbox.receive(key), check)
+        mailbox.forget(key)
+        return packet
+
+    def _device(self) -> torch.device:
+        return torch.device(self._plan.devices[0].rpartition("/")[2])
+
+
+class _Phase:
+    """All workers run their forwards, or their backwards, of one run; if one fails, the others give up."""
+
+    def __init__(self, engine: Engine, run: Run, backward: bool, grad: bool) -> None:
+        self._engine = engine
+        self._run = run
+        self._backward = backward
+        self._arguments = (run.training, grad)
+        self._futures: dict[str, Future[Any]] = {}
+
+    def __enter__(self) -> _Phase:
+        engine, run = self._engine, self._run
+        engine._open()
+        for worker in engine.remote:
+            actions = engine._actions(worker, run, self._backward)
+            self._futures[worker] = engine._call(worker, "run", run.number, actions, *self._arguments)
+        return self
+
+    def run_locally(self) -> None:
+        """The client's own stages, in this thread."""
+        worker = self._engine._worker
+        assert worker is not None
+        actions = self._engine._actions(CLIENT_NAME, self._run, self._backward)
+        worker.check = self.check
+        result = worker.execute("run", (self._run.number, actions, *self._arguments))
+        self.check()  # what failed elsewhere is the cause of what fails here
+        _raise_failure(result)
+        self._engine.metrics.add(result)
+
+    def check(self) -> None:
+        """Raises if a worker has failed or is lost."""
+        self._engine._check_all(self._futures.values())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        engine, number = self._engine, self._run.number
+        if error is None:
+            for report in engine._gather(self._futures).values():
+                if isinstance(report, RunReport):
+                    engine.metrics.add(report)
+            return
+        if engine._endpoint is None or engine._transport.lost():
+            return
+        reason = f"given up, since another worker failed: {error}"
+        engine._endpoint.mailbox.abort(number, reason)
+        for worker in engine.remote:
+            engine._call(worker, "abort", number, reason)
+        wait_all(self._futures.values(), timeout=_ABORT_WAIT_S)
+        engine.discard(number)
+
+
+def _raise_failure(result: Any) -> None:
+    """Raises what happened on a worker as an error of the client."""
+    if not isinstance(result, Failure):
+        return
+    place = f"worker {result.worker}, {result.place}"
+    if result.details is not None:
+        details = dict(result.details)
+        kind = getattr(fxsplit.errors, result.kind, FxsplitError)
+        own = details.pop("where")
+        what = details.pop("what") or ""
+        raise kind(what, where=f"{place}; {own}" if own else place, **details)
+    raise WorkerError(
+        f"{result.kind} on worker {result.worker}: {result.message}",
+        where=place,
+        hint=f"the traceback of the worker:\n{result.traceback}",
+    )

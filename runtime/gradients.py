@@ -1,0 +1,119 @@
+"""The gradients of all workers, as the client sees them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fxsplit.errors import PipelineError
+from fxsplit.runtime.engine import Engine
+
+_RATIO_TOLERANCE = 1e-4
+
+
+class Gradients:
+    """Norms, clipping and the sums of tied parameters' gradients.
+
+    A parameter that several workers use has a copy on each. Its gradients are summed on the first of them (its
+    home); before a step all copies get that sum, and since all make the same update, they stay equal.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._tied: dict[str, tuple[str, ...]] = {}
+        self._norms: dict[str, Tensor] | None = None
+        self._fetched: dict[str, float] = {}
+
+    def set_tied(self, tied: Mapping[str, tuple[str, ...]]) -> None:
+        """Names of the parameters with copies on several workers, and those workers, home first."""
+        self._tied = dict(tied)
+
+    def changed(self) -> None:
+        """A backward has run: what was fetched is out of date."""
+        self._norms = None
+
+    def norm_of(self, name: str) -> Tensor | None:
+        """The L2 norm of a parameter's gradient, `[1]`; scaling it in place scales the gradient at the next step."""
+        if self._norms is None:
+            self._fetched = self.norms(2.0)
+            self._norms = {n: torch.tensor([norm]) for n, norm in self._fetched.items()}
+        return self._norms.get(name)
+
+    def norms(self, norm_type: float) -> dict[str, float]:
+        """The norm of every gradient that is there, by parameter."""
+        self._sum_tied()
+        results = self.engine.broadcast("gradient_norms", norm_type)
+        return {name: norm for norms in results.values() for name, norm in norms.items()}
+
+    def get(self) -> dict[str, Tensor]:
+        """Every gradient that is there, on the CPU."""
+        self._sum_tied()
+        results = self.engine.broadcast("get_gradients", None)
+        return {name: gradient for gradients in results.values() for name, gradient in gradients.items()}
+
+    def clear(self, names: Sequence[str]) -> None:
+        """Sets gradients to None."""
+        self.changed()
+        self.engine.broadcast("clear_gradients", list(names))
+
+    def clip_norm(self, max_norm: float, norm_type: float) -> Tensor:
+        """Scales all gradients so that their norm together is at most `max_norm`; returns the norm before."""
+        norms = list(self.norms(norm_type).values())
+        total = torch.linalg.vector_norm(torch.tensor(norms), norm_type) if norms else torch.tensor(0.0)
+        factor = min(1.0, max_norm / (float(total) + 1e-6))  # as torch.nn.utils.clip_grad_norm_ has it
+        if factor < 1.0:
+            self.engine.broadcast("scale_gradients", factor)
+        self.changed()
+        return total
+
+    def common_factor(self) -> float:
+        """By what the handles' gradients were scaled since they were fetched.
+
+        Raises:
+            PipelineError: by different factors, which cannot be carried over to the parameters.
+        """
+        norms, self._norms = self._norms, None
+        if norms is None:
+            return 1.0
+        factors = [float(norms[n]) / norm for n, norm in self._fetched.items() if norm > 0 and math.isfinite(norm)]
+        if not factors or max(abs(f - 1.0) for f in factors) < 1e-6:
+            return 1.0
+        factor = sorted(factors)[len(factors) // 2]
+        if max(abs(f - factor) for f in factors) > _RATIO_TOLERANCE * abs(factor):
+            raise PipelineError(
+                "the handles' gradients were changed by more than one common factor",
+                found=f"factors from {min(factors):.4g} to {max(factors):.4g}",
+                allowed="scaling all by one factor, as torch.nn.utils.clip_grad_norm_ does",
+                hint="use pipe.clip_grad_norm_",
+            )
+        return factor
+
+    def _sum_tied(self) -> None:
+        """Adds the copies' gradients to the home's; may be called at any time, any number of times."""
+        for name, (home, *others) in self._tied.items():
+            parts = [self.engine.call(w, "get_gradients", [name]).get(name) for w in (home, *others)]
+            present = [part for part in parts if part is not None]
+            if len(present) > (parts[0] is not None):
+                total = present[0]
+                for part in present[1:]:
+                    total = total + part
+                self.engine.call(home, "set_gradients", {name: total})
+                for worker in others:
+                    self.engine.call(worker, "clear_gradients", [name])
+
+    def share_tied(self) -> None:
+        """Gives every copy the whole gradient, for the step."""
+        self._sum_tied()
+        for name, (home, *others) in self._tied.items():
+            gradient = self.engine.call(home, "get_gradients", [name])
+            for worker in others:
+                self.engine.call(worker, "set_gradients", gradient)
+
+    def unshare_tied(self) -> None:
+        """After the step the home alone keeps the gradient."""
+        for name, (_, *others) in self._tied.items():
+            for worker in others:
+                self.engine.call(worker, "clear_gradients", [name])

@@ -1,0 +1,99 @@
+"""The in-process transport: workers are threads. It is the reference that the others are tested against."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fxsplit.runtime.packet import Key, Packet
+from fxsplit.runtime.transport import CLIENT_NAME, CommandHandler, Endpoint, Mailbox
+from fxsplit.runtime.worker import Worker
+
+
+class _InProcessEndpoint:
+    def __init__(self, name: str, peers: dict[str, _InProcessEndpoint], handler: CommandHandler | None) -> None:
+        self.name = name
+        self.mailbox = Mailbox()
+        self.inbox: queue.SimpleQueue[tuple[str, tuple[Any, ...], Future[Any]] | None] = queue.SimpleQueue()
+        self._peers = peers
+        self._handler = handler
+
+    def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
+        """Copies the payload, as a link would: what one worker does in place must not reach the other."""
+        copies = tuple(t.clone(memory_format=torch.preserve_format) for t in packet.payload)
+        self._peers[to].mailbox.deliver(key, replace(packet, payload=copies))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def call(self, to: str, command: str, *arguments: Any) -> Future[Any]:
+        """Queues the command for the worker's thread."""
+        peer = self._peers[to]
+        if peer._handler is not None:
+            return peer._handler(command, arguments)
+        result: Future[Any] = Future()
+        if command == "abort":  # must get through while the worker waits for a packet
+            peer.mailbox.abort(*arguments)
+            result.set_result(None)
+        else:
+            peer.inbox.put((command, arguments, result))
+        return result
+
+    def close(self) -> None:
+        """Ends the worker's thread after what it is doing."""
+        self.inbox.put(None)
+
+
+class InProcess:
+    """Workers as threads of this process; packets are copied from mailbox to mailbox."""
+
+    name = "in_process"
+
+    def __init__(self) -> None:
+        self._endpoints: dict[str, _InProcessEndpoint] = {}
+        self._threads: list[threading.Thread] = []
+
+    def start(self, workers: Sequence[str], handler: CommandHandler) -> Endpoint:
+        """Starts one thread a worker."""
+        client = _InProcessEndpoint(CLIENT_NAME, self._endpoints, handler)
+        self._endpoints[CLIENT_NAME] = client
+        for name in workers:
+            endpoint = self._endpoints[name] = _InProcessEndpoint(name, self._endpoints, None)
+            # The thread lives by its endpoint alone, so that a forgotten pipeline does not keep it.
+            thread = threading.Thread(target=_serve, args=(endpoint,), name=f"fxsplit {name}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return client
+
+    def describe(self) -> dict[str, tuple[str, int]]:
+        """All are here."""
+        return dict.fromkeys(self._endpoints, (socket.gethostname(), os.getpid()))
+
+    def lost(self) -> str | None:
+        """Threads do not get lost."""
+        return None
+
+    def close(self) -> None:
+        """Ends the threads."""
+        for endpoint in self._endpoints.values():
+            endpoint.close()
+        for thread in self._threads:
+            thread.join(timeout=5.0)
+        self._endpoints.clear()
+        self._threads.clear()
+
+
+def _serve(endpoint: _InProcessEndpoint) -> None:
+    worker = Worker(endpoint)
+    while (item := endpoint.inbox.get()) is not None:
+        command, arguments, result = item
+        result.set_result(worker.execute(command, arguments))
+        del item, arguments, result  # the queue may be idle for long: hold nothing

@@ -1,0 +1,89 @@
+"""Starting and ending worker processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker process is told at its start, as JSON on its standard input.
+
+    Attributes:
+        name: the worker.
+        session: the pipeline's random name.
+        rank: its rank in the RPC group; the client's is 0.
+        world_size: members of the group.
+        store: path of the file by which the group meets.
+        threads: threads for one operation; the client's number, since it can change the last bits of results.
+    """
+
+    name: str
+    session: str
+    rank: int
+    world_size: int
+    store: str
+    threads: int
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> WorkerSettings:
+        """The settings from their line."""
+        return cls(**json.loads(line))
+
+
+class WorkerProcess:
+    """One worker process. It holds our end of its standard input open: when that closes, the worker ends."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        # The worker must find what the client finds: this package in a checkout, the modules of the user.
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fxsplit.runtime.worker_main"],
+            stdin=subprocess.PIPE,
+            env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for the client, which then ends its workers
+        )
+        assert self._process.stdin is not None
+        self._stdin = self._process.stdin
+        try:
+            self._stdin.write(settings.to_json().encode() + b"\n")
+            self._stdin.flush()
+        except BrokenPipeError:
+            pass  # it died at once: `ending` says how
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def ending(self) -> str | None:
+        """How the process ended, or None while it runs."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+
+    def hang_up(self) -> None:
+        """Tells the worker to end."""
+        try:
+            self._stdin.close()
+        except OSError:
+            pass
+
+    def end(self, grace_s: float = 3.0) -> None:
+        """Waits for the worker to end, and kills it if it does not."""
+        try:
+            self._process.wait(timeout=grace_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()

@@ -1,0 +1,156 @@
+"""What was measured: bytes of every link and seconds of every worker, always on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from rich.table import Table
+
+from fxsplit.planning.units import format_bytes, format_seconds
+
+
+@dataclass(frozen=True)
+class LinkTraffic:
+    """Bytes that one worker sent to another.
+
+    Attributes:
+        source: the sending worker.
+        target: the receiving worker.
+        backward: gradients, or values.
+        raw_bytes: before compression.
+        wire_bytes: as sent.
+        packets: how many packets they were.
+    """
+
+    source: str
+    target: str
+    backward: bool
+    raw_bytes: int
+    wire_bytes: int
+    packets: int
+
+    def __add__(self, other: LinkTraffic) -> LinkTraffic:
+        return replace(
+            self,
+            raw_bytes=self.raw_bytes + other.raw_bytes,
+            wire_bytes=self.wire_bytes + other.wire_bytes,
+            packets=self.packets + other.packets,
+        )
+
+
+@dataclass
+class RunReport:
+    """What one worker measured in one phase of a step, in seconds of its own clock."""
+
+    worker: str
+    compute_s: float = 0.0
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    wait_s: float = 0.0
+    traffic: dict[tuple[str, bool], LinkTraffic] = field(default_factory=dict)
+
+    @contextmanager
+    def timing(self, what: str) -> Iterator[None]:
+        """Adds the time spent inside to one of the attributes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, what, getattr(self, what) + time.perf_counter() - start)
+
+    def add_traffic(self, traffic: LinkTraffic) -> None:
+        """Counts a packet."""
+        key = traffic.target, traffic.backward
+        known = self.traffic.get(key)
+        self.traffic[key] = traffic if known is None else known + traffic
+
+
+@dataclass(frozen=True)
+class WorkerTime:
+    """Seconds of one worker, over all steps: computing, coding, and waiting for packets."""
+
+    compute_s: float = 0.0
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    wait_s: float = 0.0
+
+
+@dataclass
+class Metrics:
+    """Sums over the steps since the pipeline began, or since `reset()`.
+
+    Attributes:
+        calls: calls of the pipeline.
+        samples: samples in them.
+        total_s: wall-clock seconds of the client in forward and backward.
+        workers: seconds by worker.
+        links: bytes by (source, target, backward).
+    """
+
+    calls: int = 0
+    samples: int = 0
+    total_s: float = 0.0
+    workers: dict[str, WorkerTime] = field(default_factory=dict)
+    links: dict[tuple[str, str, bool], LinkTraffic] = field(default_factory=dict)
+
+    def reset(self) -> None:
+        """Begins again at zero."""
+        self.calls, self.samples, self.total_s = 0, 0, 0.0
+        self.workers.clear()
+        self.links.clear()
+
+    def add(self, report: RunReport) -> None:
+        """Adds what a worker measured."""
+        known = self.workers.get(report.worker, WorkerTime())
+        self.workers[report.worker] = WorkerTime(
+            known.compute_s + report.compute_s,
+            known.encode_s + report.encode_s,
+            known.decode_s + report.decode_s,
+            known.wait_s + report.wait_s,
+        )
+        for traffic in report.traffic.values():
+            self.add_traffic(traffic)
+
+    def add_traffic(self, traffic: LinkTraffic) -> None:
+        """Adds bytes of a link."""
+        key = traffic.source, traffic.target, traffic.backward
+        known = self.links.get(key)
+        self.links[key] = traffic if known is None else known + traffic
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of all links before compression."""
+        return sum(link.raw_bytes for link in self.links.values())
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of all links as sent."""
+        return sum(link.wire_bytes for link in self.links.values())
+
+    @property
+    def ratio(self) -> float:
+        """Bytes after compression over bytes before; 1 if nothing was sent."""
+        return self.wire_bytes / self.raw_bytes if self.raw_bytes else 1.0
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds that all workers computed, together."""
+        return sum(worker.compute_s for worker in self.workers.values())
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.calls} calls, {self.samples} samples, {format_seconds(self.total_s)}")
+        for column in ("link", "carries", "raw", "wire", "ratio", "packets"):
+            table.add_column(column, justify="left" if column in ("link", "carries") else "right")
+        for (source, target, backward), link in sorted(self.links.items()):
+            table.add_row(
+                f"{source} -> {target}",
+                "gradients" if backward else "values",
+                format_bytes(link.raw_bytes),
+                format_bytes(link.wire_bytes),
+                f"{link.wire_bytes / link.raw_bytes:.3f}" if link.raw_bytes else "-",
+                str(link.packets),
+            )
+        return table

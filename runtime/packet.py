@@ -1,0 +1,122 @@
+"""What travels between workers, and how autograd continues on the other side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxsplit.compressors import Lossless
+from fxsplit.errors import CompressorError
+from fxsplit.spec import TensorSpec
+from fxsplit.stage import Edge
+
+
+class Key(NamedTuple):
+    """Names one packet: which run, which edge, which micro-batch, which direction."""
+
+    run: int
+    value: str
+    source: int
+    target: int
+    micro_batch: int
+    backward: bool
+
+    def __str__(self) -> str:
+        what = "gradient of" if self.backward else "value"
+        return f"{what} {self.value} (stage {self.source} to {self.target}, micro-batch {self.micro_batch})"
+
+
+@dataclass(frozen=True)
+class Packet:
+    """One value of an edge.
+
+    Attributes:
+        payload: what the compressor made of the tensor; the tensor itself if it is not compressed.
+        spec: of the tensor; None if the value is no tensor.
+        requires_grad: whether the sender waits for a gradient.
+        value: the value, if it is no tensor.
+    """
+
+    payload: tuple[Tensor, ...]
+    spec: TensorSpec | None = None
+    requires_grad: bool = False
+    value: Any = None
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes before compression."""
+        return self.spec.nbytes if self.spec is not None else 0
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of tensors that cross the link."""
+        return sum(tensor.nbytes for tensor in self.payload)
+
+
+def pack(value: Any, edge: Edge, key: Key) -> Packet:
+    """Encodes the value of an edge (or its gradient) for sending.
+
+    Raises:
+        CompressorError: the compressor does not take this tensor; the message names the edge.
+    """
+    if not isinstance(value, Tensor):
+        return Packet((), value=value)
+    codec = edge.gradient_compressor if key.backward else edge.compressor
+    tensor = value.detach()
+    spec = TensorSpec.of(tensor)
+    if isinstance(codec, Lossless):
+        return Packet((tensor,), spec, value.requires_grad)
+    try:
+        return Packet(codec.encode(tensor), spec, value.requires_grad)
+    except CompressorError as error:
+        raise CompressorError(
+            f"{codec} cannot encode the {key}: {error.what}",
+            where=f"edge {edge.value}, stage {edge.source} to {edge.target}",
+            found=error.found,
+            allowed=error.allowed,
+            hint=error.hint,
+        ) from error
+
+
+def unpack(packet: Packet, edge: Edge, backward: bool, device: torch.device) -> Any:
+    """Decodes a packet on the receiver's device."""
+    if packet.spec is None:
+        return packet.value
+    codec = edge.gradient_compressor if backward else edge.compressor
+    payload = tuple(tensor.to(device) for tensor in packet.payload)
+    return payload[0] if isinstance(codec, Lossless) else codec.decode(payload, packet.spec)
+
+
+class GradientTap:
+    """Lets autograd begin at a received tensor and keeps the gradient that arrives there.
+
+    The tensor is no leaf, so that the stage may change it in place, as the unsplit model does.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor: Tensor | None = tensor
+        self.gradient: Tensor | None = None
+        with torch.enable_grad():  # the client's stages run inside an autograd function's forward
+            anchor = torch.empty(0, requires_grad=True)
+            self.tensor: Tensor = _Tap.apply(anchor, self)  # type: ignore[no-untyped-call]
+
+    def take(self) -> Tensor:
+        """The tensor, once."""
+        tensor, self._tensor = self._tensor, None
+        assert tensor is not None
+        return tensor
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, tap: GradientTap) -> Tensor:
+        ctx.tap = tap
+        return tap.take()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        ctx.tap.gradient = gradients[0]
+        return None, None

@@ -1,0 +1,337 @@
+"""The pipeline: what the user calls, trains and saves as if it were the model."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxsplit.errors import InputError, PipelineError, nearest
+from fxsplit.planning import Placement, Plan
+from fxsplit.runtime.autograd import differentiable_forward
+from fxsplit.runtime.engine import Engine
+from fxsplit.runtime.gradients import Gradients
+from fxsplit.runtime.metrics import Metrics
+from fxsplit.runtime.optimizer import ParameterHandle, PipelineOptimizer
+from fxsplit.runtime.transport import CLIENT_NAME, Transport
+from fxsplit.split import SplitModel
+from fxsplit.trace.call import Arguments, batch_size, is_batched
+from fxsplit.trace.traced import TracedModel
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model on its way into the pipeline: rewritten, planned and split."""
+
+    rewritten: TracedModel
+    plan: Plan
+    split: SplitModel
+
+
+Builder = Callable[[Arguments], Built]
+"""Traces, plans, rewrites and splits for the arguments of the first call."""
+
+
+class WorkerInfo(NamedTuple):
+    """One worker: its name, its devices, the host and process it runs in."""
+
+    name: str
+    device: str
+    host: str
+    pid: int
+
+
+class Pipeline:
+    """A compiled model. `fxsplit.compile` makes it.
+
+    It is called as the model is, and returns what the model returns, on the client's device, where autograd
+    goes on: `loss_fn(pipe(x), y).backward()` runs the backward pipeline. `torch.no_grad()`, `train()` and
+    `eval()` mean what they mean for the model. The model itself is not changed; `state_dict()` brings the
+    trained parameters back under its names.
+
+    Use it in a `with` block, or call `close()`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        placements: Sequence[Placement],
+        chunks: int,
+        transport: Transport,
+        built: Built | Builder,
+    ) -> None:
+        self.training = model.training
+        self._name = type(model).__name__
+        self._placements = tuple(placements)
+        self._chunks = chunks
+        self._builder: Builder | None = None if isinstance(built, Built) else built
+        self._built: Built | None = None
+        self._initial_state: Callable[[], Mapping[str, Any]] | None = model.state_dict
+        self._state_keys = list(model.state_dict())
+        self._canonical = _canonical_names(model)
+        self._engine = Engine(transport)
+        self._gradients = Gradients(self._engine)
+        self._handles = OrderedDict(
+            (name, ParameterHandle(name, parameter, self._gradients)) for name, parameter in model.named_parameters()
+        )
+        self._finalizer = weakref.finalize(self, Engine.close, self._engine)
+        try:
+            self._engine.start(placement.worker for placement in placements)
+            if isinstance(built, Built):
+                self._load(built)
+        except BaseException:
+            self.close()
+            raise
+
+    # ------------------------------------------------------------------ calling
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model on one batch, in micro-batches through the pipeline.
+
+        Tensors whose dimension 0 is that of the first one are cut into `chunks`; others go whole to each
+        micro-batch.
+
+        Raises:
+            InputError: the batch is empty, has fewer samples than chunks, or is on another device than the
+                client's; or the call differs from the compiled one.
+            WorkerError: a worker failed or was lost.
+        """
+        self._require_open()
+        arguments = Arguments(args, kwargs)
+        built = self._build(arguments)
+        traced = built.rewritten.graph(self.training)
+        leaves = built.rewritten.leaves(arguments)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self._check_tensors(built.rewritten.call.names, leaves)
+        samples = batch_size(tensors)
+        chunks = _cut(tensors, samples, self._chunks)
+        sizes = [samples // self._chunks + (i < samples % self._chunks) for i in range(self._chunks)]
+        if torch.is_grad_enabled():
+            values = differentiable_forward(self._engine, chunks, self.training)
+        else:
+            _, values = self._engine.forward(chunks, self.training, grad=False)
+        self._engine.metrics.samples += samples
+        return traced.output.merge([self._engine.output_leaves(self.training, v) for v in values], sizes)
+
+    def _build(self, arguments: Arguments) -> Built:
+        if self._built is None:
+            assert self._builder is not None
+            return self._load(self._builder(arguments))
+        return self._built
+
+    def _load(self, built: Built) -> Built:
+        homes = _homes(built, self._canonical)
+        self._engine.load(built.split, built.plan, self._canonical)
+        self._gradients.set_tied({name: homes[name] for name in homes if len(homes[name]) > 1})
+        # The workers hold the parameters now: nothing here needs to keep the model for them.
+        self._built, self._builder, self._initial_state = built, None, None
+        return built
+
+    def _check_tensors(self, names: Sequence[str], leaves: Sequence[Any]) -> None:
+        client = torch.device(self._placements[0].device)
+        for name, leaf in zip(names, leaves, strict=True):
+            if isinstance(leaf, Tensor) and not _same_device(leaf.device, client):
+                raise InputError(
+                    f"input '{name}' is on another device than the client",
+                    found=str(leaf.device),
+                    allowed=f"{client} (the first of the devices)",
+                    hint=f"pass {name}.to('{client}')",
+                )
+        samples = batch_size(leaves)
+        if samples == 0:
+            raise InputError("the batch is empty", found="0 samples", allowed=f"at least {self._chunks}")
+        if samples < self._chunks:
+            raise InputError(
+                "the batch has fewer samples than chunks",
+                found=f"{samples} samples",
+                allowed=f"at least {self._chunks}, one for each chunk",
+                hint="drop the last batch (drop_last=True), or compile with fewer chunks",
+            )
+
+    # ------------------------------------------------------------------ as a module
+
+    def train(self, mode: bool = True) -> Pipeline:
+        """Sets training mode, as `torch.nn.Module.train` does."""
+        self.training = mode
+        return self
+
+    def eval(self) -> Pipeline:
+        """Sets evaluation mode."""
+        return self.train(False)
+
+    def named_parameters(self) -> Iterator[tuple[str, ParameterHandle]]:
+        """The model's parameters by name, as handles."""
+        yield from self._handles.items()
+
+    def parameters(self) -> Iterator[ParameterHandle]:
+        """The model's parameters, as handles."""
+        yield from self._handles.values()
+
+    def zero_grad(self) -> None:
+        """Clears all gradients."""
+        self._require_built("zero_grad")
+        self._gradients.clear(list(self._handles))
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Every gradient by parameter name, on the CPU. Costs a transfer of all of them: for looking, not for steps."""
+        self._require_built("gradients")
+        return self._gradients.get()
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clips the gradients of all stages by their norm together; returns the norm before, as torch does."""
+        self._require_built("clip_grad_norm_")
+        return self._gradients.clip_norm(max_norm, norm_type)
+
+    def optimizer(self, kind: type[Optimizer], parameters: Iterable[Any] | None = None, **options: Any) -> Optimizer:
+        """An optimizer over parameters on all workers.
+
+        Args:
+            kind: a torch optimizer class, such as `torch.optim.AdamW`.
+            parameters: handles or groups of handles, as torch's optimizers take them; all by default.
+            options: the class's own: `lr`, `weight_decay`...
+
+        Returns:
+            a `torch.optim.Optimizer`, for schedulers and gradient clipping too.
+        """
+        self._require_open()
+        groups = self.parameters() if parameters is None else parameters
+        return PipelineOptimizer(kind, groups, self._gradients, options)
+
+    def state_dict(self) -> OrderedDict[str, Any]:
+        """The model's whole state_dict, under its own names, on the CPU."""
+        self._require_open()
+        if self._initial_state is not None:
+            return OrderedDict((name, _copied(value)) for name, value in self._initial_state().items())
+        merged: dict[str, Any] = {}
+        for state in self._engine.broadcast("state").values():
+            for name, value in state.items():
+                merged.setdefault(name, value)
+        return OrderedDict((key, merged[key if key in merged else self._canonical[key]]) for key in self._state_keys)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads a state_dict of the model, from a pipeline or from the model itself.
+
+        Raises:
+            PipelineError: keys are missing or not the model's, or a shape differs.
+        """
+        self._require_built("load_state_dict")
+        missing = [key for key in self._state_keys if key not in state_dict]
+        unknown = [key for key in state_dict if key not in self._state_keys]
+        if missing or unknown:
+            raise PipelineError(
+                "the state_dict is not this model's",
+                found=f"missing: {', '.join(missing[:5]) or 'none'}; unknown: {', '.join(unknown[:5]) or 'none'}",
+                hint=f"nearest to the first: {nearest((unknown or missing)[0], self._state_keys)}",
+            )
+        self._engine.broadcast("load_state", dict(state_dict))
+
+    # ------------------------------------------------------------------ looking at it
+
+    @property
+    def plan(self) -> Plan:
+        """What runs where, and what was predicted of it."""
+        return self._require_built("plan").plan
+
+    @property
+    def rewritten(self) -> TracedModel:
+        """The rewritten model as one ordinary callable, codecs inside, over the original model's parameters."""
+        return self._require_built("rewritten").rewritten
+
+    @property
+    def metrics(self) -> Metrics:
+        """What was measured so far."""
+        return self._engine.metrics
+
+    @property
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        """All workers, the client first."""
+        self._require_open()
+        devices: dict[str, list[str]] = {}
+        for placement in self._placements:
+            known = devices.setdefault(placement.worker, [])
+            if placement.device not in known:
+                known.append(placement.device)
+        places = self._engine.describe()
+        return tuple(WorkerInfo(name, ", ".join(d), *places[name]) for name, d in devices.items())
+
+    def __repr__(self) -> str:
+        if not self._finalizer.alive:
+            state = "closed"
+        elif self._built is None:
+            state = "compiles at its first call"
+        else:
+            state = f"cuts {', '.join(self._built.plan.cut_names) or 'none'}"
+        devices = ", ".join(placement.spelling for placement in self._placements)
+        return f"Pipeline({self._name} over [{devices}], {self._chunks} chunks, {state})"
+
+    # ------------------------------------------------------------------ end
+
+    def close(self) -> None:
+        """Ends all workers. Never hangs; may be called twice."""
+        self._finalizer()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _require_open(self) -> None:
+        if not self._finalizer.alive:
+            raise PipelineError(
+                "the pipeline is closed",
+                found=f"a call after close() of {self._name}",
+                hint="compile the model again, or call close() later",
+            )
+
+    def _require_built(self, what: str) -> Built:
+        self._require_open()
+        if self._built is None:
+            raise PipelineError(
+                f"{what} is not there before the first call",
+                found="a pipeline that has not seen an input",
+                hint="give example_inputs= to compile, or call the pipeline first",
+            )
+        return self._built
+
+
+def _cut(tensors: Sequence[Tensor], samples: int, chunks: int) -> list[list[Tensor]]:
+    """The inputs of each micro-batch; sizes differ by at most one, the larger ones first."""
+    columns = [
+        list(torch.tensor_split(tensor, chunks)) if is_batched(tensor, samples) and chunks > 1 else [tensor] * chunks
+        for tensor in tensors
+    ]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer -> the first name of the same tensor."""
+    first: dict[int, str] = {}
+    pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: first.setdefault(id(tensor), name) for name, tensor in pairs}
+
+
+def _homes(built: Built, canonical: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """The workers that hold each parameter, in the order of their stages."""
+    homes: dict[str, dict[str, None]] = {}
+    for worker, stage in zip(built.plan.workers, built.split.stages, strict=True):
+        for name, _ in stage.named_parameters(remove_duplicate=False):
+            homes.setdefault(canonical[name], {})[worker] = None
+    return {name: tuple(workers) for name, workers in homes.items()}
+
+
+def _same_device(one: torch.device, two: torch.device) -> bool:
+    return one.type == two.type and (one.index or 0) == (two.index or 0)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value

@@ -1,0 +1,246 @@
+"""The RPC transport: workers are processes, connected by `torch.distributed.rpc` (TensorPipe)."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import autograd as dist_autograd
+from torch.distributed import rpc
+
+from fxsplit.errors import PipelineError, WorkerError
+from fxsplit.runtime.launch import WorkerProcess, WorkerSettings
+from fxsplit.runtime.packet import Key, Packet
+from fxsplit.runtime.transport import CLIENT_NAME, CommandHandler, Endpoint, Mailbox
+
+START_TIMEOUT_S = 60.0
+_LOOPBACK = "lo" if sys.platform.startswith("linux") else "lo0"
+
+_endpoint: RpcEndpoint | None = None
+"""This process's end: `torch.distributed.rpc` is one to a process, and calls functions, not methods."""
+
+
+def _deliver(key: Key, packet: Packet) -> None:
+    if _endpoint is not None:
+        _endpoint.mailbox.deliver(key, packet)
+
+
+@rpc.functions.async_execution
+def _command(command: str, arguments: tuple[Any, ...]) -> torch.futures.Future[Any]:
+    result: torch.futures.Future[Any] = torch.futures.Future()
+    endpoint = _endpoint
+    if endpoint is None:
+        result.set_exception(RuntimeError("this worker is shutting down"))
+        return result
+    endpoint.handler(command, arguments).add_done_callback(lambda done: _copy(done, result))
+    return result
+
+
+def _copy(done: Future[Any], result: torch.futures.Future[Any]) -> None:
+    error = done.exception()
+    if error is not None:
+        result.set_exception(error)  # type: ignore[arg-type]
+    else:
+        result.set_result(done.result())
+
+
+class RpcEndpoint:
+    """One process's end of the RPC transport.
+
+    Args:
+        name: the worker.
+        session: makes the names of RPC workers unique: torch remembers those of earlier pipelines.
+        handler: runs commands that arrive.
+    """
+
+    def __init__(self, name: str, session: str, handler: CommandHandler) -> None:
+        self.name = name
+        self.mailbox = Mailbox()
+        self.handler = handler
+        self._session = session
+
+    def join(self, store: dist.Store, rank: int, world_size: int) -> None:
+        """Becomes a member of the RPC group; returns when all are there."""
+        global _endpoint
+        _endpoint = self
+        # Sockets alone: the shared memory transport polls with a thread that is never idle, in every process, and
+        # on few cores the stages then compute several times slower (measured: 7 s a step instead of 1).
+        options = rpc.TensorPipeRpcBackendOptions(
+            num_worker_threads=8, rpc_timeout=0, _transports=["uv"], _channels=["basic"]
+        )
+        with warnings.catch_warnings(), _environment(TP_SOCKET_IFNAME=_LOOPBACK):
+            warnings.simplefilter("ignore")  # torch warns of its own use of a deprecated function at each start
+            dist_autograd._init(rank)
+            # Not init_rpc: it prefixes the store with a counter that differs between a client with its second
+            # pipeline and a fresh worker, and then waits for ever.
+            rpc._init_rpc_backend(
+                rpc.BackendType.TENSORPIPE, store, self._address(self.name), rank, world_size, options
+            )
+
+    def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
+        """Hands the packet to TensorPipe, which sends it in the background."""
+        payload = tuple(_compact(tensor) for tensor in packet.payload)
+        return self._invoke(to, _deliver, key, replace(packet, payload=payload))
+
+    def call(self, to: str, command: str, *arguments: Any) -> Future[Any]:
+        """Runs a command there."""
+        return self._invoke(to, _command, command, arguments)
+
+    def close(self) -> None:
+        """Leaves the group at once; a graceful shutdown would wait for peers that may be dead."""
+        global _endpoint
+        if _endpoint is self:
+            _endpoint = None
+            with _without_agent_warnings():
+                rpc.shutdown(graceful=False)
+
+    def _address(self, name: str) -> str:
+        return f"{name.replace('.', '_')}-{self._session}"
+
+    def _invoke(self, to: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        result: Future[Any] = Future()
+        try:
+            answer = rpc.rpc_async(self._address(to), function, args=arguments, timeout=0)
+        except RuntimeError as error:
+            result.set_exception(WorkerError(f"worker {to} cannot be reached", where=to, found=str(error)))
+            return result
+        answer.add_done_callback(lambda done: _resolve(to, done, result))
+        return result
+
+
+def _resolve(to: str, done: torch.futures.Future[Any], result: Future[Any]) -> None:
+    if result.cancelled():
+        return
+    try:
+        result.set_result(done.value())
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        result.set_exception(WorkerError(f"worker {to} did not answer", where=to, found=first_line))
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """A CPU tensor that owns just its elements: RPC would send the whole storage of a slice."""
+    tensor = tensor.detach().cpu()
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        return tensor.clone(memory_format=torch.preserve_format)
+    return tensor
+
+
+@contextmanager
+def _without_agent_warnings() -> Iterator[None]:
+    """Drops what TensorPipe says of connections that end, which is what a shutdown is; all else goes through."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as lines:
+        os.dup2(lines.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            lines.seek(0)
+            for line in lines:
+                if b"tensorpipe_agent.cpp" not in line:
+                    os.write(2, line)
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    with mock.patch.dict(os.environ, variables):
+        yield
+
+
+class Rpc:
+    """Worker processes on this host, started by `python -m fxsplit.runtime.worker_main`.
+
+    They meet in a private temporary folder, so that no port listens for them, and TensorPipe is bound to the
+    loopback interface. A worker ends when the client's process does, however that ends.
+    """
+
+    name = "rpc"
+
+    def __init__(self) -> None:
+        self._processes: list[WorkerProcess] = []
+        self._endpoint: RpcEndpoint | None = None
+        self._closed = threading.Event()
+
+    def start(self, workers: Sequence[str], handler: CommandHandler) -> Endpoint:
+        """Starts one process a worker, and joins the group with them."""
+        if _endpoint is not None:
+            raise PipelineError(
+                "this process has an open pipeline already",
+                found="a second pipeline over RPC",
+                allowed="one pipeline over RPC in a process at a time",
+                hint='close the first one (pipe.close()), or use transport="in_process"',
+            )
+        session = os.urandom(4).hex()
+        folder = tempfile.mkdtemp(prefix="fxsplit-")  # readable by this user alone
+        try:
+            path = os.path.join(folder, "store")
+            store = dist.FileStore(path, len(workers) + 1)
+            store.set_timeout(datetime.timedelta(seconds=START_TIMEOUT_S))
+            for rank, name in enumerate(workers, start=1):
+                settings = WorkerSettings(name, session, rank, len(workers) + 1, path, torch.get_num_threads())
+                self._processes.append(WorkerProcess(settings))
+            self._await_ready(store)
+            self._endpoint = RpcEndpoint(CLIENT_NAME, session, handler)
+            self._endpoint.join(store, 0, len(workers) + 1)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return self._endpoint
+
+    def _await_ready(self, store: dist.Store) -> None:
+        end = time.monotonic() + START_TIMEOUT_S
+        waiting = [process.settings.name for process in self._processes]
+        while waiting:
+            if reason := self.lost():
+                raise WorkerError(f"a worker did not start: {reason}", hint="its own message is above")
+            if time.monotonic() > end:
+                raise WorkerError(
+                    "workers did not start in time", found=", ".join(waiting), allowed=f"{START_TIMEOUT_S:.0f} s"
+                )
+            waiting = [name for name in waiting if not store.check([f"ready/{name}"])]
+            time.sleep(0.02)
+
+    def describe(self) -> dict[str, tuple[str, int]]:
+        """Host and process id of each worker, the client's included."""
+        pids = {process.settings.name: process.pid for process in self._processes}
+        return {name: (socket.gethostname(), pid) for name, pid in {CLIENT_NAME: os.getpid(), **pids}.items()}
+
+    def lost(self) -> str | None:
+        """The first worker whose process has ended."""
+        for process in self._processes:
+            if (ending := process.ending()) is not None:
+                return f"worker {process.settings.name} (process {process.pid}) {ending}"
+        return None
+
+    def close(self) -> None:
+        """Leaves the group and ends the processes; those that do not end by themselves are killed."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        if self._endpoint is not None:
+            self._endpoint.close()
+        for process in self._processes:
+            process.hang_up()
+        for process in self._processes:
+            process.end()

@@ -1,0 +1,111 @@
+"""How packets and commands get from one worker to another."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any, Protocol
+
+from fxsplit.errors import PipelineError
+from fxsplit.runtime.packet import Key, Packet
+
+CommandHandler = Callable[[str, tuple[Any, ...]], "Future[Any]"]
+
+CLIENT_NAME = "client"
+"""The worker that calls the pipeline."""
+
+
+class Mailbox:
+    """Packets that have arrived or are waited for, by key. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._slots: dict[Key, Future[Packet]] = {}
+        self._aborted: dict[int, str] = {}
+
+    def receive(self, key: Key) -> Future[Packet]:
+        """The packet, now or when it comes."""
+        with self._lock:
+            slot = self._slots.setdefault(key, Future())
+            if key.run in self._aborted and not slot.done():
+                slot.set_exception(PipelineError(self._aborted[key.run]))
+            return slot
+
+    def deliver(self, key: Key, packet: Packet) -> None:
+        """Puts a packet in its slot; a packet of a run that was given up is dropped."""
+        with self._lock:
+            if key.run in self._aborted:
+                return
+            slot = self._slots.setdefault(key, Future())
+        slot.set_result(packet)
+
+    def forget(self, key: Key) -> None:
+        """Drops a packet that has been used."""
+        with self._lock:
+            self._slots.pop(key, None)
+
+    def abort(self, run: int, reason: str) -> None:
+        """Whoever waits for a packet of this run gets an error at once."""
+        with self._lock:
+            self._aborted[run] = reason
+            waiting = [self._slots.pop(key) for key in list(self._slots) if key.run == run]
+        for slot in waiting:
+            if not slot.done():
+                slot.set_exception(PipelineError(reason))
+
+
+class Endpoint(Protocol):
+    """One worker's end of the transport."""
+
+    name: str
+    mailbox: Mailbox
+
+    def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
+        """Delivers a packet to a worker's mailbox, in the background."""
+
+    def call(self, to: str, command: str, *arguments: Any) -> Future[Any]:
+        """Runs a command on a worker and brings its result."""
+
+    def close(self) -> None:
+        """Ends this end. Never blocks for long; may be called twice."""
+
+
+class Transport(Protocol):
+    """Starts workers and connects them with the client."""
+
+    name: str
+
+    def start(self, workers: Sequence[str], handler: CommandHandler) -> Endpoint:
+        """Starts these workers and returns the client's end.
+
+        Args:
+            workers: names of the workers beside the client.
+            handler: runs the commands that reach the client itself.
+
+        Raises:
+            WorkerError: a worker did not start.
+        """
+
+    def describe(self) -> dict[str, tuple[str, int]]:
+        """Host and process id of each worker."""
+
+    def lost(self) -> str | None:
+        """What happened to a worker that is gone, or None while all are there."""
+
+    def close(self) -> None:
+        """Ends all workers. Never hangs; may be called twice."""
+
+
+def wait(future: Future[Any], check: Callable[[], None], poll_s: float = 0.2) -> Any:
+    """The future's result; while it is not there, `check` may raise to end the wait."""
+    while True:
+        try:
+            return future.result(timeout=poll_s)
+        except FutureTimeout:
+            if future.done():
+                raise  # the task itself raised a TimeoutError
+            check()
+        except CancelledError:
+            raise PipelineError("the pipeline was closed while it was running") from None

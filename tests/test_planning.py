@@ -1,0 +1,340 @@
+"""The planner: stages, edges, predictions, choice of cuts and budgets, on small tables made by hand."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from fxsplit.compressors import compressor
+from fxsplit.costs import CostTable, NodeCost, Value
+from fxsplit.errors import BudgetError, CompressorError, DeviceError, PlanError
+from fxsplit.planning import Budget, Plan, plan, search
+from fxsplit.planning.devices import parse_devices
+from fxsplit.planning.predict import lower_bound_s
+from fxsplit.spec import TensorSpec
+
+SANDWICH = ["cpu", "server/cuda", "cpu"]
+LISTS = [
+    ["cpu", "a/cuda"],
+    SANDWICH,
+    ["cpu", "a/cpu", "b/cuda"],
+    ["cpu", "a/cuda:0", "a/cuda:1"],
+    ["cpu", "a/cuda", "cpu", "a/cuda"],
+    ["cpu", "a/cuda", "b/cpu", "cpu"],
+]
+
+
+def table(
+    macs: Sequence[int],
+    values: Sequence[Value],
+    *,
+    modules: Sequence[str] = (),
+    cut_points: dict[str, int] | None = None,
+    parameter_bytes: Sequence[int] = (),
+) -> CostTable:
+    """One module a node, 'm0', 'm1', ..., unless told otherwise."""
+    names = modules or [f"m{index}" for index in range(len(macs))]
+    weights = parameter_bytes or [100] * len(macs)
+    outputs = {value.producer: value.nbytes for value in values}
+    nodes = tuple(
+        NodeCost(f"n{index}", names[index], "Linear", count, outputs.get(index, 0), weights[index])
+        for index, count in enumerate(macs)
+    )
+    points = {name: index for index, name in enumerate(names)} if cut_points is None else cut_points
+    return CostTable("Toy", "f00d", 8, nodes, tuple(values), points)
+
+
+def value(producer: int, consumers: Sequence[int], width: int, dtype: torch.dtype = torch.float32) -> Value:
+    """The value of a node, or the input for -1: eight rows of `width`."""
+    spec = TensorSpec((8, width), dtype)
+    return Value(f"n{producer}" if producer >= 0 else "x", producer, tuple(consumers), spec, producer >= 0)
+
+
+def chain(macs: Sequence[int], widths: Sequence[int]) -> CostTable:
+    """Nodes one after another, with the widths of their outputs."""
+    values = [value(index - 1, [index], width) for index, width in enumerate([16, *widths])]
+    return table(macs, values)
+
+
+def random_table(seed: int) -> CostTable:
+    """Skip edges, early outputs, late uses of the input, integers, and values that are no tensors."""
+    draw = random.Random(seed)
+    count = draw.randint(5, 11)
+    values = []
+    for index in range(-1, count):
+        later = {node for node in range(index + 1, count) if draw.random() < 0.15}
+        output = {count} if draw.random() < 0.1 else set()
+        dtype = torch.int64 if draw.random() < 0.1 else torch.float32
+        consumers = sorted({min(index + 1, count)} | later | output)
+        made = value(index, consumers, draw.randint(1, 4000), dtype)
+        if draw.random() < 0.05:
+            made = Value(made.name, index, made.consumers, None, False)
+        values.append(made)
+    macs = [draw.choice([0, 10**6, 10**7]) * draw.randint(1, 9) for _ in range(count)]
+    return table(macs, values, parameter_bytes=[draw.randint(0, 10**5) for _ in range(count)])
+
+
+TOY = chain([10**6, 5 * 10**8, 5 * 10**8, 10**6], [1000, 500, 100, 10])
+
+
+def candidates(costs: CostTable, devices: list[str], **options: Any) -> Iterator[Plan]:
+    """Every plan there is, one at a time."""
+    names = [name for name, index in costs.cut_points.items() if index > 0]
+    for cuts in itertools.combinations(names, len(devices) - 1):
+        yield plan(costs, devices, cuts=cuts, **options)
+
+
+def test_a_sandwich_by_hand() -> None:
+    found = plan(TOY, SANDWICH, cuts=["m1", "m3"], compressor="uniform8", gradient_compressor="none")
+    assert found.cut_names == ("m1", "m3") and found.workers == ("client", "server", "client")
+    assert [(edge.value, edge.source, edge.target) for edge in found.edges] == [
+        ("x", -1, 0),
+        ("n0", 0, 1),
+        ("n2", 1, 2),
+        ("n3", 2, 3),
+    ]
+    first, second = found.cuts
+    wire = compressor("uniform8").wire_bytes(TensorSpec((8, 1000), torch.float32))
+    assert (first.stage, first.raw_bytes, first.wire_bytes, first.gradient_wire_bytes) == (
+        1,
+        32000,
+        wire,
+        32000,
+    )
+    assert first.compressor == second.compressor == "uniform8" == found.compressor
+    assert found.gradient_compressor == "none"
+    server = found.parts[1]
+    assert (server.device, server.modules, server.macs) == ("server/cuda", ("m1", "m2"), 10**9)
+    assert server.parameter_bytes == 200
+    assert server.memory_bytes == 2 * 200 + 4 * 8 * (500 + 100) + 32000  # weights, outputs, what it receives
+    assert server.forward_s == pytest.approx(10**9 / 5e12) and server.step_s == pytest.approx(
+        3 * server.forward_s
+    )
+
+
+def test_the_prediction_by_hand() -> None:
+    found = plan(TOY, SANDWICH, cuts=["m1", "m3"], chunks=4, budget=Budget(bandwidth=1e6, latency="1ms"))
+    client, server = 3 * 2e6 / 2.5e10, 3 * 1e9 / 5e12
+    up, down = (32000 + 3200) / 1e6, (3200 + 32000) / 1e6  # activations one way, gradients of the others back
+    total, messages = client + server + up + down, 4
+    assert found.predicted_step_s == pytest.approx(
+        total / 4 + 3 / 4 * max(client, server, up) + messages * 1e-3
+    )
+
+
+def test_edges_within_a_worker_are_free() -> None:
+    found = plan(TOY, ["cpu", "a/cuda:0", "a/cuda:1"], cuts=["m1", "m2"], compressor="uniform8")
+    between = [edge for edge in found.edges if (edge.source, edge.target) == (1, 2)]
+    assert [(edge.raw_bytes, edge.wire_bytes, edge.compressor) for edge in between] == [(16000, 0, "none")]
+    assert found.cuts[1].edges == () and found.cuts[1].compressor == "none"
+
+
+def test_a_value_used_by_several_stages_has_an_edge_to_each() -> None:
+    values = [value(-1, [0, 3], 8), value(0, [1, 2, 3], 100), value(1, [2], 10), value(2, [3], 10)]
+    costs = table([1] * 4, [*values, value(3, [4], 10)])
+    found = plan(costs, ["cpu", "a/cpu", "b/cpu", "c/cpu"], cuts=["m1", "m2", "m3"], compressor="uniform8")
+    assert [edge.target for edge in found.edges if edge.value == "n0"] == [1, 2, 3]
+    assert [edge.target for edge in found.inputs] == [0, 3]
+    late = found.inputs[1]
+    assert (late.wire_bytes, late.gradient_wire_bytes, late.compressor) == (late.raw_bytes, 0, "none")
+    assert [edge.value for edge in found.cuts[1].edges] == ["x", "n0", "n0", "n1"]
+
+
+def test_outputs_of_a_worker_go_to_the_client_as_they_are() -> None:
+    found = plan(TOY, ["cpu", "a/cuda"], cuts=["m1"], compressor="uniform8")
+    (output,) = found.outputs
+    assert (output.source, output.target, output.compressor) == (1, 2, "none")
+    assert output.wire_bytes == output.gradient_wire_bytes == output.raw_bytes == 320
+
+
+def test_integers_and_python_values_are_not_compressed_and_have_no_gradient() -> None:
+    mask, size = value(0, [2], 7, torch.int64), Value("n0s", 0, (2,), None, False)
+    values = [value(-1, [0], 8), mask, size, value(1, [2], 9), value(2, [3], 9)]
+    found = plan(table([1] * 3, values), ["cpu", "a/cpu"], cuts=["m2"], compressor="sortquant8")
+    edges = {edge.value: edge for edge in found.cuts[0].edges}
+    assert (edges["n0"].wire_bytes, edges["n0"].gradient_wire_bytes, edges["n0"].compressor) == (
+        448,
+        0,
+        "none",
+    )
+    assert (edges["n0s"].raw_bytes, edges["n0s"].wire_bytes, edges["n0s"].spec) == (0, 0, None)
+    assert edges["n1"].compressor == "sortquant8"
+
+
+def test_the_modules_of_a_part_are_the_outermost_that_are_whole() -> None:
+    modules = ["stem.conv", "stem.norm", "body.0.a", "body.0.b", "body.1.a", "", "head"]
+    costs = table([1] * 7, [], modules=modules, cut_points={"body.0.b": 3, "body.1": 4})
+    found = plan(costs, SANDWICH, cuts=["body.1", "body.0.b"])
+    assert [part.modules for part in found.parts] == [
+        ("stem", "body.0.a"),
+        ("body.0.b",),
+        ("body.1", "head"),
+    ]
+
+
+def test_a_chosen_cut_has_the_outermost_name_of_its_place() -> None:
+    points = {"a": 0, "b.c.d": 1, "b": 1, "b.c": 1}
+    costs = table([1, 1], [value(0, [1], 4)], cut_points=points)
+    assert plan(costs, ["cpu", "a/cpu"]).cut_names == ("b",)
+
+
+def test_one_device() -> None:
+    found = plan(TOY, ["cpu"], chunks=4)
+    assert found.cuts == () and found.is_optimal and found.parts[0].macs == TOY.forward_macs
+    assert found.predicted_step_s == pytest.approx(3 * TOY.forward_macs / 2.5e10)
+    assert plan(TOY, ["cpu"], cuts=[]).is_optimal
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_the_choice_is_that_of_brute_force(seed: int) -> None:
+    draw, costs = random.Random(seed), random_table(seed)
+    devices = LISTS[seed % len(LISTS)]
+    options: dict[str, Any] = {
+        "compressor": draw.choice([None, "uniform4", "sortquant8"]),
+        "gradient_compressor": draw.choice(["same", "none", "uniform8"]),
+        "chunks": draw.choice([1, 2, 8]),
+    }
+    links = {"bandwidth": 10.0 ** draw.randint(5, 9), "latency": draw.choice([0.0, 1e-4, 1e-2])}
+    every = list(candidates(costs, devices, **options, budget=Budget(**links)))
+    found = plan(costs, devices, **options, budget=Budget(**links))
+    assert found.is_optimal and found.gap == 0.0
+    assert found.predicted_step_s == pytest.approx(min(other.predicted_step_s for other in every), rel=1e-9)
+    places = sorted(index for index in costs.cut_points.values() if index > 0)
+    bound = lower_bound_s(costs, parse_devices(devices), places, found.chunks)
+    assert bound <= found.predicted_step_s * (1 + 1e-9)
+    # The same under budgets that some candidates break: the limits are those of a middling one.
+    middling = sorted(every, key=lambda other: other.predicted_step_s)[len(every) // 2]
+    part = draw.choice(middling.parts)
+    lines: list[dict[str, Any]] = [
+        {"macs": {part.device: part.macs}},
+        {"memory": part.memory_bytes},
+        {"link_bytes": max(cut.wire_bytes for cut in middling.cuts)},
+        {"link_bytes": {cut.name: cut.wire_bytes // 2 for cut in middling.cuts}},
+        {"step_time": middling.predicted_step_s},
+    ]
+    for line in [*lines, {**lines[0], **lines[1], **lines[2]}]:
+        compare_under_budget(costs, devices, options, Budget(**links, **line))
+
+
+def compare_under_budget(
+    costs: CostTable, devices: list[str], options: dict[str, Any], budget: Budget
+) -> None:
+    """The choice under a budget against a loop over all cuts; if none satisfies, the nearest is reported."""
+    names = [name for name, index in costs.cut_points.items() if index > 0]
+    satisfied, excesses = [], []
+    for cuts in itertools.combinations(names, len(devices) - 1):
+        try:
+            satisfied.append(plan(costs, devices, cuts=cuts, **options, budget=budget).predicted_step_s)
+        except BudgetError as error:
+            excesses.append(float(error.what.partition("(")[2].partition(" %")[0]))
+    if satisfied:
+        found = plan(costs, devices, **options, budget=budget)
+        assert found.predicted_step_s == pytest.approx(min(satisfied), rel=1e-9)
+    else:
+        with pytest.raises(BudgetError, match="no plan satisfies the budget") as caught:
+            plan(costs, devices, **options, budget=budget)
+        excess = float(caught.value.what.partition("(")[2].partition(" %")[0])
+        assert excess == pytest.approx(min(excesses), rel=1e-2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_bounded_search_says_so_and_comes_close(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs, devices = random_table(seed), ["cpu", "a/cuda", "b/cpu", "cpu"]
+    best = plan(costs, devices, chunks=2)
+    monkeypatch.setattr(search, "EXACT_CELLS", 1)
+    for cells in (10**6, 1):  # moving two cuts at a time, and one
+        monkeypatch.setattr(search, "BLOCK_CELLS", cells)
+        found = plan(costs, devices, chunks=2)
+        assert not found.is_optimal and 0 < found.lower_bound_s <= best.predicted_step_s
+        assert found.predicted_step_s * (1 + 1e-9) >= best.predicted_step_s
+        assert found.predicted_step_s <= (1 + found.gap) * best.predicted_step_s * (1 + 1e-9)
+        assert found.predicted_step_s <= (1.25 if cells > 1 else 2.0) * best.predicted_step_s
+
+
+def test_a_long_sandwich_is_exact_and_quick() -> None:
+    draw = random.Random(0)
+    costs = chain(
+        [draw.randint(10**6, 10**8) for _ in range(301)], [draw.randint(1, 10**5) for _ in range(301)]
+    )
+    started = time.perf_counter()
+    found = plan(costs, ["cpu", "a/cuda", "b/cpu"], compressor="sortquant8", chunks=4)
+    assert found.is_optimal and time.perf_counter() - started < 2.0  # a tenth of it, on a quiet machine
+
+
+@pytest.mark.parametrize(
+    ("devices", "options", "error", "says"),
+    [
+        (SANDWICH, {"cuts": ["m1", "m9"]}, PlanError, r"no such module[^$]*'m9'[^$]*m1"),
+        (SANDWICH, {"cuts": ["m1"]}, PlanError, r"number of cuts[^$]*found: +1[^$]*2 for 3 devices"),
+        (SANDWICH, {"cuts": ["m0", "m1"]}, PlanError, r"nothing runs before this cut[^$]*m0"),
+        (SANDWICH, {"cuts": ["m1", "m1"]}, PlanError, r"same place[^$]*m1 and m1"),
+        (SANDWICH, {"cuts": "m1"}, PlanError, "not a list of module names"),
+        (SANDWICH, {"cuts": ["m1", 3]}, PlanError, "no such module"),
+        (["cpu", "a/cpu"] * 3, {}, PlanError, r"fewer places to cut[^$]*6 devices[^$]*at most 4"),
+        (SANDWICH, {"chunks": 0}, PlanError, "chunks"),
+        (SANDWICH, {"chunks": 2.0}, PlanError, "chunks"),
+        (SANDWICH, {"chunks": True}, PlanError, "chunks"),
+        (SANDWICH, {"schedule": "1f1b"}, PlanError, r"unknown schedule[^$]*1f1b[^$]*gpipe"),
+        (SANDWICH, {"budget": {"macs": 3}}, BudgetError, "not a Budget"),
+        (
+            SANDWICH,
+            {"budget": Budget(macs={"gpu": 1})},
+            BudgetError,
+            r"unknown device[^$]*gpu[^$]*cpu, server/cuda",
+        ),
+        (SANDWICH, {"budget": Budget(link_bytes={"m": 1})}, BudgetError, r"unknown cut[^$]*m3, m2, m1"),
+        (SANDWICH, {"compressor": "zip"}, CompressorError, "unknown compressor"),
+        (["cpu", "tpu"], {}, DeviceError, "tpu"),
+    ],
+)
+def test_bad_requests(devices: list[str], options: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        plan(TOY, devices, **options)
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        (
+            {"macs": {"cpu": "1M"}},
+            r"macs of cpu is missed by 1\.00e6 \(100 %\)[^$]*found: +2\.00e6[^$]*1\.00e6",
+        ),
+        ({"memory": {"server/cuda": "10kB"}}, r"memory of server/cuda is missed by[^$]*allowed: 10\.0 kB"),
+        ({"link_bytes": "35kB"}, r"link_bytes from client to server is missed by 200 B \(0\.571 %\)"),
+        ({"link_bytes": {"m1": "16kB"}}, r"over the cut m1 is missed by 16\.0 kB \(100 %\)"),
+        ({"step_time": "1us"}, r"step_time is missed by [^$]*allowed: 1\.00 us"),
+    ],
+)
+def test_given_cuts_that_break_the_budget(limits: dict[str, Any], says: str) -> None:
+    with pytest.raises(BudgetError, match=r"the plan breaks the budget: [^$]*cuts: m1, m3") as caught:
+        plan(TOY, SANDWICH, cuts=["m1", "m3"], budget=Budget(**limits))
+    caught.match(says)
+
+
+def test_a_budget_binds_the_choice() -> None:
+    free = plan(TOY, SANDWICH)
+    assert free.cut_names == ("m1", "m3")
+    bound = plan(TOY, SANDWICH, budget=Budget(macs={"server/cuda": "600M"}))
+    assert bound.is_optimal and bound.parts[1].macs <= 600_000_000
+    narrow = plan(TOY, SANDWICH, budget=Budget(link_bytes={"m1": 100}))
+    assert narrow.cut_names != free.cut_names and "m1" not in narrow.cut_names
+
+
+def test_a_budget_that_nothing_satisfies_names_the_nearest_plan() -> None:
+    with pytest.raises(BudgetError) as caught:
+        plan(TOY, SANDWICH, budget=Budget(macs="100M", step_time="1s"))
+    assert caught.value.what.startswith("no plan satisfies the budget: macs of ")
+    assert str(caught.value.where).startswith("nearest plan, cuts: m")
+    assert (caught.value.found, caught.value.allowed) == ("5.02e8", "1.00e8")
+
+
+def test_a_limit_of_zero_can_be_kept_and_missed() -> None:
+    assert plan(TOY, ["cpu", "cpu"], budget=Budget(link_bytes=0)).is_optimal
+    with pytest.raises(BudgetError, match="link_bytes"):
+        plan(TOY, ["cpu", "a/cpu"], budget=Budget(link_bytes=0))

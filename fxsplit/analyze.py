@@ -20,8 +20,8 @@ from fxsplit.costs import CostTable, NodeCost, Value
 from fxsplit.module_tree import get_attribute
 from fxsplit.spec import TensorSpec
 from fxsplit.trace import Arguments, CallLayout, ExampleInputs, TracedModel
-from fxsplit.trace.call import batch_size
 from fxsplit.trace.activations import activations
+from fxsplit.trace.call import batch_size
 from fxsplit.trace.traced import mode_name, output_of
 from fxsplit.trace.verify import undisturbed
 
@@ -44,18 +44,19 @@ _FORMULAS: dict[Any, Callable[..., int]] = dict.fromkeys(_BATCH_NORMS, _batch_no
 
 # Operations of aten that do real arithmetic and for which torch has no formula. Others without one move or
 # transform elements, which by convention costs no MACs.
-_HEAVY_WITHOUT_FORMULA = frozenset(
-    "lstm gru rnn_tanh rnn_relu _thnn_fused_lstm_cell mkldnn_rnn_layer _cudnn_rnn _cdist_forward cdist grid_sampler_2d "
-    "grid_sampler_3d _fft_r2c _fft_c2r _fft_c2c linalg_svd _linalg_svd linalg_qr linalg_inv_ex linalg_solve_ex "
-    "linalg_matrix_exp linalg_eigh _linalg_eigh _foreach_addmm _trilinear".split()
-)
+_HEAVY_WITHOUT_FORMULA = {
+    *("lstm", "gru", "rnn_tanh", "rnn_relu", "_thnn_fused_lstm_cell", "mkldnn_rnn_layer", "_cudnn_rnn"),
+    *("_cdist_forward", "cdist", "grid_sampler_2d", "grid_sampler_3d", "_trilinear"),
+    *("_fft_r2c", "_fft_c2r", "_fft_c2c", "linalg_svd", "_linalg_svd", "linalg_qr", "linalg_inv_ex"),
+    *("linalg_solve_ex", "linalg_matrix_exp", "linalg_eigh", "_linalg_eigh", "_foreach_addmm"),
+}
 
 
-class _Uncounted(TorchDispatchMode):
+class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the operations that have no formula though they cost MACs."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -124,7 +125,14 @@ def analyze(traced: TracedModel, example_inputs: ExampleInputs) -> CostTable:
         fingerprint=traced.fingerprint,
         batch_size=batch_size(leaves),
         nodes=tuple(
-            NodeCost(n.name, n.meta["module"], _kind(module, n), pricer.macs[n], _bytes(pricer.results[n]), parameter_bytes[n])
+            NodeCost(
+                n.name,
+                n.meta["module"],
+                _kind(module, n),
+                pricer.macs[n],
+                _bytes(pricer.results[n]),
+                parameter_bytes[n],
+            )
             for n in nodes
         ),
         values=_values(module, index, pricer.results),

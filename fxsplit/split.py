@@ -139,7 +139,9 @@ class _Splitter:
                 found=f"made in stage {source}, used in stage {target}",
             )
         codec = self.module.get_submodule(str(used.target)) if self._is_codec(used) else None
-        compressors = (codec.compressor, codec.gradient_compressor) if isinstance(codec, Decode) else (Lossless(),) * 2
+        compressors = (
+            (codec.compressor, codec.gradient_compressor) if isinstance(codec, Decode) else (Lossless(),) * 2
+        )
         edges[value.name] = Edge(value.name, source, target, *compressors)
         return edges[value.name]
 

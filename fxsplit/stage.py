@@ -52,7 +52,8 @@ class GraphRecord:
         refer = lambda node: _NodeRef(node.name)  # noqa: E731
         return cls(
             tuple(
-                (n.name, n.op, n.target, _map(n.args, Node, refer), _map(n.kwargs, Node, refer)) for n in graph.nodes
+                (n.name, n.op, n.target, _map(n.args, Node, refer), _map(n.kwargs, Node, refer))
+                for n in graph.nodes
             )
         )
 

@@ -13,7 +13,7 @@ from fxsplit.errors import FxsplitError, PassError
 
 
 @dataclass(frozen=True)
-class Pass(PassBase, ABC):  # type: ignore[misc]
+class Pass(PassBase, ABC):
     """A rewrite of a graph, in place. Its fields are its options.
 
     A second run of a pass changes nothing, and `modified` is true exactly when the graph changed. Both are held

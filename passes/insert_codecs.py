@@ -43,7 +43,10 @@ class InsertCodecs(Pass):
                 continue
             stages = {user.meta["stage"] for user in node.users if "stage" in user.meta}
             for stage in sorted(stages - {node.meta["stage"]}):
-                if self.compressors[stage - 1] != "none" and self.workers[stage] != self.workers[node.meta["stage"]]:
+                if (
+                    self.compressors[stage - 1] != "none"
+                    and self.workers[stage] != self.workers[node.meta["stage"]]
+                ):
                     self._insert(graph_module, node, stage)
                     modified = True
         return PassResult(graph_module, modified)

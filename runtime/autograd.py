@@ -82,5 +82,5 @@ def differentiable_forward(engine: Engine, chunks: Sequence[Sequence[Tensor]], t
     anchor = torch.empty(0, requires_grad=True)
     call = _Call(engine, len(chunks[0]), training)
     tensors = [tensor for chunk in chunks for tensor in chunk]
-    outputs = iter(_Pipeline.apply(anchor, call, *tensors))  # type: ignore[no-untyped-call]
+    outputs = iter(_Pipeline.apply(anchor, call, *tensors))
     return [[next(outputs) if isinstance(v, Tensor) else v for v in values] for values in call.values]

@@ -19,9 +19,9 @@ from fxsplit.planning import Plan
 from fxsplit.runtime import shipping
 from fxsplit.runtime.metrics import LinkTraffic, Metrics, RunReport
 from fxsplit.runtime.packet import Key, Packet, pack, unpack
-from fxsplit.schedules import Action, schedule
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, Transport, wait
 from fxsplit.runtime.worker import Failure, Worker
+from fxsplit.schedules import Action, schedule
 from fxsplit.split import Boundary, SplitModel
 from fxsplit.stage import CLIENT, Edge
 
@@ -147,7 +147,9 @@ class Engine:
 
     # ------------------------------------------------------------------ steps
 
-    def forward(self, chunks: Sequence[Sequence[Tensor]], training: bool, grad: bool) -> tuple[Run, list[list[Any]]]:
+    def forward(
+        self, chunks: Sequence[Sequence[Tensor]], training: bool, grad: bool
+    ) -> tuple[Run, list[list[Any]]]:
         """Runs the forward pipeline.
 
         Args:
@@ -173,7 +175,9 @@ class Engine:
                     if grad and leaves[index].requires_grad:
                         run.inputs.append((m, index, edge))
             phase.run_locally()
-            outputs = [[self._collect(run, i, m, phase.check) for i in range(len(edges))] for m in range(len(chunks))]
+            outputs = [
+                [self._collect(run, i, m, phase.check) for i in range(len(edges))] for m in range(len(chunks))
+            ]
         self.metrics.calls += 1
         self.metrics.total_s += time.perf_counter() - start
         return run, outputs

@@ -36,7 +36,7 @@ class Gradients:
         self._norms = None
 
     def norm_of(self, name: str) -> Tensor | None:
-        """The L2 norm of a parameter's gradient, `[1]`; scaling it in place scales the gradient at the next step."""
+        """A gradient's L2 norm, `[1]`; scaling it in place scales the gradient at the next step."""
         if self._norms is None:
             self._fetched = self.norms(2.0)
             self._norms = {n: torch.tensor([norm]) for n, norm in self._fetched.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -55,11 +56,9 @@ class WorkerProcess:
         )
         assert self._process.stdin is not None
         self._stdin = self._process.stdin
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it died at once: `ending` says how
             self._stdin.write(settings.to_json().encode() + b"\n")
             self._stdin.flush()
-        except BrokenPipeError:
-            pass  # it died at once: `ending` says how
 
     @property
     def pid(self) -> int:
@@ -75,10 +74,8 @@ class WorkerProcess:
 
     def hang_up(self) -> None:
         """Tells the worker to end."""
-        try:
+        with contextlib.suppress(OSError):
             self._stdin.close()
-        except OSError:
-            pass
 
     def end(self, grace_s: float = 3.0) -> None:
         """Waits for the worker to end, and kills it if it does not."""

@@ -34,13 +34,14 @@ class ParameterHandle(nn.Parameter):
     _gradients: Gradients
 
     def __new__(cls, name: str, parameter: Tensor, gradients: Gradients) -> ParameterHandle:
+        """A handle for the parameter of this name."""
         self = super().__new__(cls, torch.zeros(1), parameter.requires_grad)
         self.parameter_name = name
         self.full_shape = parameter.shape
         self._gradients = gradients
         return self
 
-    @property  # type: ignore[override]
+    @property
     def grad(self) -> Tensor | None:
         """The L2 norm of the parameter's gradient, `[1]`, or None if it has none."""
         return self._gradients.norm_of(self.parameter_name)
@@ -55,7 +56,7 @@ class ParameterHandle(nn.Parameter):
             )
         self._gradients.clear([self.parameter_name])
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ParameterHandle('{self.parameter_name}', shape={list(self.full_shape)})"
 
 
@@ -82,10 +83,11 @@ class PipelineOptimizer(Optimizer):
             )
         if issubclass(kind, torch.optim.LBFGS):
             raise PipelineError(
-                "LBFGS cannot be split over workers", hint="use an optimizer that updates each parameter by itself"
+                "LBFGS cannot be split over workers",
+                hint="use an optimizer that updates each parameter by itself",
             )
         groups = list(parameters)
-        template = kind(groups, **options)  # type: ignore[call-arg]  # checks options and groups as torch does
+        template = kind(groups, **options)  # checks options and groups as torch does
         for handle in (p for group in template.param_groups for p in group["params"]):
             if not isinstance(handle, ParameterHandle):
                 raise PipelineError(
@@ -156,7 +158,9 @@ class PipelineOptimizer(Optimizer):
             raise PipelineError(
                 "the saved optimizer has another number of parameters", found=len(saved), allowed=len(names)
             )
-        state = {name: state_dict["state"][i] for i, name in zip(saved, names, strict=True) if i in state_dict["state"]}
+        state = {
+            name: state_dict["state"][i] for i, name in zip(saved, names, strict=True) if i in state_dict["state"]
+        }
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({k: v for k, v in loaded.items() if k != "params"})
         self._gradients.engine.broadcast("load_optimizer_state", self._number, state)

@@ -101,7 +101,7 @@ class GradientTap:
         self.gradient: Tensor | None = None
         with torch.enable_grad():  # the client's stages run inside an autograd function's forward
             anchor = torch.empty(0, requires_grad=True)
-            self.tensor: Tensor = _Tap.apply(anchor, self)  # type: ignore[no-untyped-call]
+            self.tensor: Tensor = _Tap.apply(anchor, self)
 
     def take(self) -> Tensor:
         """The tensor, once."""

@@ -125,4 +125,6 @@ class ParameterStore:
             own = {name: state[name] for name in module.state_dict() if name in state}
             problem = module.load_state_dict(own, strict=False)
             if problem.unexpected_keys:
-                raise PipelineError("entries of the state_dict have no place", found=", ".join(problem.unexpected_keys))
+                raise PipelineError(
+                    "entries of the state_dict have no place", found=", ".join(problem.unexpected_keys)
+                )

@@ -20,7 +20,7 @@ from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.gradients import Gradients
 from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.optimizer import ParameterHandle, PipelineOptimizer
-from fxsplit.runtime.transport import CLIENT_NAME, Transport
+from fxsplit.runtime.transport import Transport
 from fxsplit.split import SplitModel
 from fxsplit.trace.call import Arguments, batch_size, is_batched
 from fxsplit.trace.traced import TracedModel
@@ -79,7 +79,8 @@ class Pipeline:
         self._engine = Engine(transport)
         self._gradients = Gradients(self._engine)
         self._handles = OrderedDict(
-            (name, ParameterHandle(name, parameter, self._gradients)) for name, parameter in model.named_parameters()
+            (name, ParameterHandle(name, parameter, self._gradients))
+            for name, parameter in model.named_parameters()
         )
         self._finalizer = weakref.finalize(self, Engine.close, self._engine)
         try:
@@ -180,7 +181,7 @@ class Pipeline:
         self._gradients.clear(list(self._handles))
 
     def gradients(self) -> dict[str, Tensor]:
-        """Every gradient by parameter name, on the CPU. Costs a transfer of all of them: for looking, not for steps."""
+        """Every gradient by parameter name, on the CPU: a transfer of all of them, for looking, not for steps."""
         self._require_built("gradients")
         return self._gradients.get()
 
@@ -189,7 +190,9 @@ class Pipeline:
         self._require_built("clip_grad_norm_")
         return self._gradients.clip_norm(max_norm, norm_type)
 
-    def optimizer(self, kind: type[Optimizer], parameters: Iterable[Any] | None = None, **options: Any) -> Optimizer:
+    def optimizer(
+        self, kind: type[Optimizer], parameters: Iterable[Any] | None = None, **options: Any
+    ) -> Optimizer:
         """An optimizer over parameters on all workers.
 
         Args:
@@ -213,7 +216,9 @@ class Pipeline:
         for state in self._engine.broadcast("state").values():
             for name, value in state.items():
                 merged.setdefault(name, value)
-        return OrderedDict((key, merged[key if key in merged else self._canonical[key]]) for key in self._state_keys)
+        return OrderedDict(
+            (key, merged[key if key in merged else self._canonical[key]]) for key in self._state_keys
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a state_dict of the model, from a pipeline or from the model itself.
@@ -307,7 +312,9 @@ class Pipeline:
 def _cut(tensors: Sequence[Tensor], samples: int, chunks: int) -> list[list[Tensor]]:
     """The inputs of each micro-batch; sizes differ by at most one, the larger ones first."""
     columns = [
-        list(torch.tensor_split(tensor, chunks)) if is_batched(tensor, samples) and chunks > 1 else [tensor] * chunks
+        list(torch.tensor_split(tensor, chunks))
+        if is_batched(tensor, samples) and chunks > 1
+        else [tensor] * chunks
         for tensor in tensors
     ]
     return [list(row) for row in zip(*columns, strict=True)]

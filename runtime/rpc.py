@@ -19,8 +19,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore, Store
 from torch.distributed import autograd as dist_autograd
 from torch.distributed import rpc
 
@@ -41,7 +41,7 @@ def _deliver(key: Key, packet: Packet) -> None:
         _endpoint.mailbox.deliver(key, packet)
 
 
-@rpc.functions.async_execution
+@rpc.functions.async_execution  # type: ignore[untyped-decorator]
 def _command(command: str, arguments: tuple[Any, ...]) -> torch.futures.Future[Any]:
     result: torch.futures.Future[Any] = torch.futures.Future()
     endpoint = _endpoint
@@ -55,7 +55,7 @@ def _command(command: str, arguments: tuple[Any, ...]) -> torch.futures.Future[A
 def _copy(done: Future[Any], result: torch.futures.Future[Any]) -> None:
     error = done.exception()
     if error is not None:
-        result.set_exception(error)  # type: ignore[arg-type]
+        result.set_exception(error)
     else:
         result.set_result(done.result())
 
@@ -75,7 +75,7 @@ class RpcEndpoint:
         self.handler = handler
         self._session = session
 
-    def join(self, store: dist.Store, rank: int, world_size: int) -> None:
+    def join(self, store: Store, rank: int, world_size: int) -> None:
         """Becomes a member of the RPC group; returns when all are there."""
         global _endpoint
         _endpoint = self
@@ -86,12 +86,12 @@ class RpcEndpoint:
         )
         with warnings.catch_warnings(), _environment(TP_SOCKET_IFNAME=_LOOPBACK):
             warnings.simplefilter("ignore")  # torch warns of its own use of a deprecated function at each start
-            dist_autograd._init(rank)
+            dist_autograd._init(rank)  # type: ignore[attr-defined]
             # Not init_rpc: it prefixes the store with a counter that differs between a client with its second
             # pipeline and a fresh worker, and then waits for ever.
-            rpc._init_rpc_backend(
-                rpc.BackendType.TENSORPIPE, store, self._address(self.name), rank, world_size, options
-            )
+            backend = rpc.BackendType.TENSORPIPE  # type: ignore[attr-defined]
+            address = self._address(self.name)
+            rpc._init_rpc_backend(backend, store, address, rank, world_size, options)  # type: ignore[no-untyped-call]
 
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Hands the packet to TensorPipe, which sends it in the background."""
@@ -193,7 +193,7 @@ class Rpc:
         folder = tempfile.mkdtemp(prefix="fxsplit-")  # readable by this user alone
         try:
             path = os.path.join(folder, "store")
-            store = dist.FileStore(path, len(workers) + 1)
+            store = FileStore(path, len(workers) + 1)
             store.set_timeout(datetime.timedelta(seconds=START_TIMEOUT_S))
             for rank, name in enumerate(workers, start=1):
                 settings = WorkerSettings(name, session, rank, len(workers) + 1, path, torch.get_num_threads())
@@ -208,7 +208,7 @@ class Rpc:
             shutil.rmtree(folder, ignore_errors=True)
         return self._endpoint
 
-    def _await_ready(self, store: dist.Store) -> None:
+    def _await_ready(self, store: Store) -> None:
         end = time.monotonic() + START_TIMEOUT_S
         waiting = [process.settings.name for process in self._processes]
         while waiting:
@@ -216,7 +216,9 @@ class Rpc:
                 raise WorkerError(f"a worker did not start: {reason}", hint="its own message is above")
             if time.monotonic() > end:
                 raise WorkerError(
-                    "workers did not start in time", found=", ".join(waiting), allowed=f"{START_TIMEOUT_S:.0f} s"
+                    "workers did not start in time",
+                    found=", ".join(waiting),
+                    allowed=f"{START_TIMEOUT_S:.0f} s",
                 )
             waiting = [name for name in waiting if not store.check([f"ready/{name}"])]
             time.sleep(0.02)

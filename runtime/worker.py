@@ -15,8 +15,8 @@ from fxsplit.runtime import shipping
 from fxsplit.runtime.metrics import LinkTraffic, RunReport
 from fxsplit.runtime.packet import GradientTap, Key, Packet, pack, unpack
 from fxsplit.runtime.parameters import ParameterStore
-from fxsplit.schedules import Action
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
+from fxsplit.schedules import Action
 from fxsplit.stage import CLIENT, Edge, StageModule
 
 
@@ -213,7 +213,9 @@ class Worker:
         if to == self._endpoint.name:
             self._endpoint.mailbox.deliver(key, packet)
             return
-        report.add_traffic(LinkTraffic(self._endpoint.name, to, key.backward, packet.raw_bytes, packet.wire_bytes, 1))
+        report.add_traffic(
+            LinkTraffic(self._endpoint.name, to, key.backward, packet.raw_bytes, packet.wire_bytes, 1)
+        )
         self._endpoint.send(to, key, packet)
 
     def _worker_of(self, stage: int) -> str:

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from fxsplit.runtime.launch import WorkerSettings
 from fxsplit.runtime.rpc import RpcEndpoint
@@ -35,7 +35,7 @@ def main() -> None:
 
     endpoint = RpcEndpoint(settings.name, settings.session, handle)
     worker = Worker(endpoint)
-    store = dist.FileStore(settings.store, settings.world_size)
+    store = FileStore(settings.store, settings.world_size)
     store.set(f"ready/{settings.name}", "1")
     endpoint.join(store, settings.rank, settings.world_size)
     while True:  # the main thread computes: the number of threads holds for the thread that set it
@@ -45,8 +45,8 @@ def main() -> None:
 
 
 def _end_with_client() -> None:
-    # The kernel closes the pipe when the client ends, by whatever cause. Nothing here is worth a tidy exit: no
-    # files, no shared state; a tidy one could wait for a peer that is gone.
+    # The kernel closes the pipe when the client ends, by whatever cause. Nothing here is worth a tidy exit
+    # (no files, no shared state), and a tidy one could wait for a peer that is gone.
     while sys.stdin.buffer.read(4096):
         pass
     os._exit(0)

@@ -24,7 +24,7 @@ class Encode(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The packet of `x`."""
-        packet: tuple[Tensor, ...] = _Encode.apply(x, self.compressor)  # type: ignore[no-untyped-call]
+        packet: tuple[Tensor, ...] = _Encode.apply(x, self.compressor)
         return packet
 
     def extra_repr(self) -> str:
@@ -43,7 +43,7 @@ class Decode(nn.Module):
     def forward(self, packet: tuple[Tensor, ...]) -> Tensor:
         """The tensor that was encoded, as the compressor gives it back."""
         carrier, *payload = packet
-        x: Tensor = _Decode.apply(carrier, self.compressor, self.gradient_compressor, *payload)  # type: ignore[no-untyped-call]
+        x: Tensor = _Decode.apply(carrier, self.compressor, self.gradient_compressor, *payload)
         return x
 
     def extra_repr(self) -> str:

@@ -103,7 +103,12 @@ def trace(
 
 
 def _trace_mode(
-    model: nn.Module, call: CallLayout, leaves: Sequence[Any], training: bool, opened: frozenset[str], verify: bool
+    model: nn.Module,
+    call: CallLayout,
+    leaves: Sequence[Any],
+    training: bool,
+    opened: frozenset[str],
+    verify: bool,
 ) -> TracedGraph:
     recorder = Recorder(model, opened, mode_name(training))
     for name, leaf in zip(call.names, leaves, strict=True):
@@ -126,7 +131,9 @@ def _trace_mode(
         compare_runs(model, call, traced, training, others, "another batch of 3 samples", recorder.reads)
         if (masks := other_masks(call, others)) is not None:
             compare_runs(model, call, traced, training, masks, "another padding mask", recorder.reads)
-    return TracedGraph(module, points, OutputLayout(structure, _batch_dims(model, traced, training, output_leaves, others)))
+    return TracedGraph(
+        module, points, OutputLayout(structure, _batch_dims(model, traced, training, output_leaves, others))
+    )
 
 
 def _run(model: nn.Module, call: CallLayout, leaves: Sequence[Any]) -> Any:
@@ -197,7 +204,11 @@ def _shared(graphs: dict[bool, TracedGraph]) -> dict[bool, TracedGraph]:
 
 
 def _same_graph(one: GraphModule, two: GraphModule) -> bool:
-    codes = [m.code.replace(f"{CONSTANT_PREFIX}{mode}_", CONSTANT_PREFIX) for m in (one, two) for mode in ("train", "eval")]
+    codes = [
+        m.code.replace(f"{CONSTANT_PREFIX}{mode}_", CONSTANT_PREFIX)
+        for m in (one, two)
+        for mode in ("train", "eval")
+    ]
     if not {codes[0], codes[1]} & {codes[2], codes[3]}:
         return False
     constants = [list(constants_of(m, m.graph).values()) for m in (one, two)]

@@ -40,4 +40,6 @@ def is_compressible(node: Node, trained: set[Node]) -> bool:
 
 
 def _is_size(node: Node) -> bool:
-    return node.target is getattr and node.args[1] == "shape" or node.target in ("size", "numel", "nelement")
+    if node.target is getattr:
+        return str(node.args[1]) == "shape"
+    return node.target in ("size", "numel", "nelement")

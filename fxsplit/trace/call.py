@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxsplit.errors import InputError
 
+
 @dataclass(frozen=True)
 class Arguments:
     """The arguments of one call of a model."""

@@ -43,7 +43,7 @@ def watch_model(recorder: Recorder, model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[bool]:
-    """Switches `config.use_cache` off: a pipelined forward returns no key-value cache. Yields whether it was on."""
+    """Switches `config.use_cache` off: a pipelined forward returns no cache. Yields whether it was on."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     with ExitStack() as stack:
         cached = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
@@ -105,7 +105,11 @@ def _length(recorder: Recorder) -> Callable[[Any], int]:
 def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
     """Globals of the Python modules that define the model's classes, torch's own left out."""
     names = {kind.__module__ for module in model.modules() for kind in type(module).__mro__}
-    return [vars(sys.modules[n]) for n in sorted(names) if n in sys.modules and not n.startswith(("torch.", "builtins"))]
+    return [
+        vars(sys.modules[n])
+        for n in sorted(names)
+        if n in sys.modules and not n.startswith(("torch.", "builtins"))
+    ]
 
 
 def _leaf_functions(model: nn.Module) -> list[tuple[dict[str, Any], str, types.FunctionType]]:

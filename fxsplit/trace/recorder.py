@@ -8,6 +8,7 @@ inner control flow untouched.
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 import types
@@ -27,7 +28,7 @@ from fxsplit.trace import replay
 from fxsplit.trace.sizes import SizeInt, plain
 
 # Values that stand in a graph as they are.
-_LITERALS = (bool, int, float, complex, str, type(None), type(Ellipsis))
+_LITERALS: tuple[type, ...] = (bool, int, float, complex, str, type(None), type(Ellipsis))
 _LITERALS += (torch.dtype, torch.device, torch.memory_format, torch.layout)
 
 # What these return is read by Python and so becomes part of the graph as a constant.
@@ -35,7 +36,9 @@ _READS = frozenset({"__bool__", "__int__", "__float__", "__index__", "__contains
 
 # Methods that torch wraps in Python functions: found by identity, since their names may differ.
 _TENSOR_METHODS = {
-    id(value): name for name, value in reversed(list(vars(Tensor).items())) if isinstance(value, types.FunctionType)
+    id(value): name
+    for name, value in reversed(list(vars(Tensor).items()))
+    if isinstance(value, types.FunctionType)
 }
 _METHOD_TYPES = (types.MethodDescriptorType, types.WrapperDescriptorType)
 
@@ -122,11 +125,11 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             node.meta["spec"] = TensorSpec.of(value)
             # A dead tensor's id may be given to another one; forgetting it also keeps activations from piling up.
-            self._alive[key] = weakref.ref(value, lambda _, key=key: self._forget(key))
+            self._alive[key] = weakref.ref(value, functools.partial(self._forget, key))
         else:
             self._alive[key] = value
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, reference: object) -> None:
         self._nodes.pop(key, None)
         self._alive.pop(key, None)
 
@@ -221,7 +224,12 @@ class Recorder(TorchFunctionMode):
         self.recording = True
 
     def call_leaf(
-        self, op: str, target: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        op: str,
+        target: Any,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Runs a module or function unrecorded inside, and records it as one node."""
         graph_args = tuple(self.argument(a) for a in args)
@@ -256,7 +264,7 @@ class Recorder(TorchFunctionMode):
         if not self.recording:
             return func(*args, **kwargs)
         value = func(*(plain(a) for a in args), **{k: plain(v) for k, v in kwargs.items()})
-        name = _TENSOR_METHODS.get(id(func)) or getattr(func, "__name__", str(func))
+        name = str(_TENSOR_METHODS.get(id(func)) or getattr(func, "__name__", func))
         if name == "__get__":
             return self._property(func, args[0], value)
         if isinstance(value, torch.Size):

@@ -25,6 +25,7 @@ class SizeInt(int):
     def __new__(
         cls, value: int, node: Node, emit: Callable[[Callable[..., Any], tuple[Any, ...]], Node | None]
     ) -> SizeInt:
+        """A number, the node that computes it, and the way to record more."""
         self = super().__new__(cls, value)
         self.node = node
         self.emit = emit
@@ -62,7 +63,7 @@ def _negated(self: SizeInt) -> int:
 for _name in ("add", "sub", "mul", "floordiv", "mod", "pow"):
     setattr(SizeInt, f"__{_name}__", _recorded(getattr(operator, _name), reflected=False))
     setattr(SizeInt, f"__r{_name}__", _recorded(getattr(operator, _name), reflected=True))
-SizeInt.__neg__ = _negated  # type: ignore[method-assign]
+SizeInt.__neg__ = _negated  # type: ignore[method-assign,assignment]
 
 
 def plain(value: Any) -> Any:

@@ -130,6 +130,7 @@ class TracedModel:
         return leaves
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns, by way of its graph."""
         traced = self.graph(self.model.training)
         leaves = self.leaves(Arguments(args, kwargs))
         return traced.output.build(traced.module(*(leaf for leaf in leaves if isinstance(leaf, Tensor))))
@@ -155,9 +156,7 @@ def mode_name(training: bool) -> str:
 def describe_call(call: CallLayout) -> str:
     """A call for people: its arguments by name, with the values of those that are no tensors."""
     constants = dict(call.constants)
-    return ", ".join(
-        f"{name}={constants[i]!r}" if i in constants else name for i, name in enumerate(call.names)
-    )
+    return ", ".join(f"{name}={constants[i]!r}" if i in constants else name for i, name in enumerate(call.names))
 
 
 def make_graph_module(model: nn.Module, graph: Graph, constants: Mapping[str, Any], name: str) -> GraphModule:
@@ -196,4 +195,5 @@ def inputs_of(graph: Graph) -> list[Node]:
 
 def output_of(graph: Graph) -> Node:
     """The output node of a graph."""
-    return next(node for node in reversed(graph.nodes) if node.op == "output")
+    node: Node = graph.output_node()
+    return node

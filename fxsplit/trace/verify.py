@@ -112,5 +112,7 @@ def _differs(where: str, found: str, allowed: str, reads: Sequence[str]) -> Trac
         where=where,
         found=found,
         allowed=allowed,
-        hint=f"the model decides on data at: {lines}" if lines else "cut elsewhere: modules without cuts stay whole",
+        hint=f"the model decides on data at: {lines}"
+        if lines
+        else "cut elsewhere: modules without cuts stay whole",
     )

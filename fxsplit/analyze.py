@@ -20,7 +20,7 @@ from fxsplit.costs import CostTable, NodeCost, Value
 from fxsplit.module_tree import get_attribute
 from fxsplit.spec import TensorSpec
 from fxsplit.trace import Arguments, CallLayout, ExampleInputs, TracedModel
-from fxsplit.trace.activations import activations
+from fxsplit.trace.activations import is_activation
 from fxsplit.trace.call import batch_size
 from fxsplit.trace.traced import mode_name, output_of
 from fxsplit.trace.verify import undisturbed
@@ -52,7 +52,7 @@ _HEAVY_WITHOUT_FORMULA = {
 }
 
 
-class _Uncounted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Uncounted(TorchDispatchMode):
     """Notes the operations that have no formula though they cost MACs."""
 
     def __init__(self) -> None:
@@ -191,14 +191,14 @@ def _parameter_bytes(module: GraphModule, nodes: Sequence[Node]) -> dict[Node, i
 
 
 def _values(module: GraphModule, index: dict[Node, int], results: dict[Node, Any]) -> tuple[Value, ...]:
-    trained, end = activations(module), output_of(module.graph)
+    end = output_of(module.graph)
     values = []
     for node in module.graph.nodes:
         if node.op in ("get_attr", "output") or not node.users:
             continue
         spec = results[node] if isinstance(results[node], TensorSpec) else None
         consumers = sorted({len(index) if user is end else index[user] for user in node.users})
-        values.append(Value(node.name, index.get(node, -1), tuple(consumers), spec, node in trained))
+        values.append(Value(node.name, index.get(node, -1), tuple(consumers), spec, is_activation(node)))
     return tuple(values)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxsplit.analyze import analyze
 from fxsplit.compressors import Compressor
@@ -78,6 +80,7 @@ def compile(
     check_names(model, cuts or ())
 
     def build(example: Arguments) -> Built:
+        example = _on_model(model, example, placements[0].device)
         if cuts is None:
             traced = trace_for_planning(model, example, verify=verify)
         else:
@@ -99,6 +102,14 @@ def compile(
 
     built = build if example_inputs is None else build(Arguments.of(example_inputs))
     return Pipeline(model, placements, chunks, find_transport(transport), built)
+
+
+def _on_model(model: nn.Module, example: Arguments, client: str) -> Arguments:
+    """The example where the model is: inputs come on the client's device, which may be another."""
+    home = next((parameter.device for parameter in model.parameters()), None)
+    tensors = [leaf for leaf in pytree.tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor)]
+    on_client = all(tensor.device.type == torch.device(client).type for tensor in tensors)
+    return example.to(home) if home is not None and on_client else example
 
 
 def _check_plan(plan: Plan, costs: CostTable, devices: Sequence[str]) -> None:

@@ -6,8 +6,7 @@ from torch import nn
 
 from fxsplit.analyze import module_macs
 from fxsplit.errors import TraceError
-from fxsplit.trace import Arguments, CallLayout, TracedModel, trace
-from fxsplit.trace.call import batch_size, resample
+from fxsplit.trace import Arguments, TracedModel, trace, two_samples
 
 OPEN_SHARE = 0.03
 """A module is opened if it has at least this share of the model's MACs: what is smaller is not worth cutting."""
@@ -34,8 +33,7 @@ def trace_for_planning(model: nn.Module, example: Arguments, *, verify: bool = T
 
 def large_modules(model: nn.Module, example: Arguments) -> list[str]:
     """The modules worth opening: large, and with modules of their own inside."""
-    call, leaves = CallLayout.of(model, example)
-    samples = resample(leaves, [i % batch_size(leaves) for i in range(2)])
+    call, samples = two_samples(model, example)
     macs = module_macs(model, call, samples)
     least = OPEN_SHARE * max(macs.get("", 0), 1)
     return [

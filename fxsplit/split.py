@@ -65,6 +65,8 @@ def split(rewritten: TracedModel, stage_count: int) -> SplitModel:
         StageModule(tree, {training: s.stage_graph(i) for training, s in splitters.items()}, traced_device)
         for i, tree in enumerate(trees)
     )
+    for stage in stages:
+        stage.training = model.training  # submodules frozen in eval mode stay so until the next train() or eval()
     return SplitModel(stages, {training: s.boundary() for training, s in splitters.items()})
 
 

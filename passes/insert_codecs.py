@@ -11,7 +11,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxsplit.compressors import compressor
 from fxsplit.compressors.nodes import Decode, Encode
 from fxsplit.passes.base import Pass
-from fxsplit.trace.activations import activations, is_compressible
+from fxsplit.trace.activations import is_compressible
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class InsertCodecs(Pass):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Rewrites the edges one by one."""
-        trained, modified = activations(graph_module), False
+        modified = False
         for node in list(graph_module.graph.nodes):
-            if "stage" not in node.meta or not is_compressible(node, trained):
+            if "stage" not in node.meta or not is_compressible(node):
                 continue
             stages = {user.meta["stage"] for user in node.users if "stage" in user.meta}
             for stage in sorted(stages - {node.meta["stage"]}):

@@ -68,7 +68,9 @@ class InProcess:
         for name in workers:
             endpoint = self._endpoints[name] = _InProcessEndpoint(name, self._endpoints, None)
             # The thread lives by its endpoint alone, so that a forgotten pipeline does not keep it.
-            thread = threading.Thread(target=_serve, args=(endpoint,), name=f"fxsplit {name}", daemon=True)
+            thread = threading.Thread(
+                target=_serve, args=(endpoint, torch.get_num_threads()), name=f"fxsplit {name}", daemon=True
+            )
             thread.start()
             self._threads.append(thread)
         return client
@@ -91,7 +93,8 @@ class InProcess:
         self._threads.clear()
 
 
-def _serve(endpoint: _InProcessEndpoint) -> None:
+def _serve(endpoint: _InProcessEndpoint, threads: int) -> None:
+    torch.set_num_threads(threads)  # holds for this thread; another number can change the last bits of results
     worker = Worker(endpoint)
     while (item := endpoint.inbox.get()) is not None:
         command, arguments, result = item

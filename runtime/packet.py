@@ -97,7 +97,7 @@ class GradientTap:
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor: Tensor | None = tensor
+        self._tensor: Tensor | None = tensor.data  # a view could not be changed in place
         self.gradient: Tensor | None = None
         with torch.enable_grad():  # the client's stages run inside an autograd function's forward
             anchor = torch.empty(0, requires_grad=True)

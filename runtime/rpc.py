@@ -91,7 +91,7 @@ class RpcEndpoint:
             # pipeline and a fresh worker, and then waits for ever.
             backend = rpc.BackendType.TENSORPIPE  # type: ignore[attr-defined]
             address = self._address(self.name)
-            rpc._init_rpc_backend(backend, store, address, rank, world_size, options)  # type: ignore[no-untyped-call]
+            rpc._init_rpc_backend(backend, store, address, rank, world_size, options)
 
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Hands the packet to TensorPipe, which sends it in the background."""

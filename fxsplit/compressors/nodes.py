@@ -70,7 +70,8 @@ class _Decode(torch.autograd.Function):
     ) -> Tensor:
         ctx.back = back
         ctx.payload_count = len(payload)
-        return compressor.decode(payload, TensorSpec.of(carrier))
+        # `.data`: the next operation may work in place, which autograd refuses on a view made in here.
+        return compressor.decode(payload, TensorSpec.of(carrier)).data
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fxsplit.errors import FxsplitError, InputError, PlanError, TraceError, nearest
+from fxsplit.trace.activations import all_parameters_differentiable
 from fxsplit.trace.call import Arguments, CallLayout, ExampleInputs, batch_size, resample
 from fxsplit.trace.patches import watch_model, without_cache
 from fxsplit.trace.recorder import CONSTANT_PREFIX, Recorder
@@ -35,6 +36,7 @@ __all__ = [
     "check_module",
     "check_names",
     "trace",
+    "two_samples",
 ]
 
 
@@ -81,11 +83,7 @@ def trace(
     """
     check_module(model)
     check_names(model, [*cuts, *opened])
-    call, leaves = CallLayout.of(model, Arguments.of(example_inputs))
-    _check_devices(model, call, leaves)
-    if batch_size(leaves) == 0:
-        raise InputError("the batch is empty", found="0 samples", allowed="at least one sample")
-    samples = resample(leaves, [i % batch_size(leaves) for i in range(2)])
+    call, samples = two_samples(model, Arguments.of(example_inputs))
     open_names = ancestors(cuts) | ancestors(opened) | frozenset(opened)
     graphs: dict[bool, TracedGraph] = {}
     notes: list[str] = []
@@ -114,7 +112,12 @@ def _trace_mode(
     for name, leaf in zip(call.names, leaves, strict=True):
         if isinstance(leaf, Tensor):
             recorder.placeholder(name, leaf)
-    with undisturbed(model, training), torch.enable_grad(), watch_model(recorder, model):
+    with (
+        undisturbed(model, training),
+        all_parameters_differentiable(model),
+        torch.enable_grad(),
+        watch_model(recorder, model),
+    ):
         recorder.start()
         output = _run(model, call, leaves)
         output_leaves, structure = pytree.tree_flatten(output)
@@ -250,6 +253,20 @@ def check_names(model: nn.Module, names: Iterable[str]) -> None:
                 allowed="a module's qualified name, as in model.named_modules()",
                 hint=f"nearest: {nearest(str(name), known)}",
             )
+
+
+def two_samples(model: nn.Module, example: Arguments) -> tuple[CallLayout, list[Any]]:
+    """The way of calling the model, and its inputs for a batch of two samples of the example.
+
+    Raises:
+        InputError: the example does not fit the model, is empty, or is on another device than the model.
+    """
+    call, leaves = CallLayout.of(model, example)
+    _check_devices(model, call, leaves)
+    samples = batch_size(leaves)
+    if samples == 0:
+        raise InputError("the batch is empty", found="0 samples", allowed="at least one sample")
+    return call, resample(leaves, [i % samples for i in range(2)])
 
 
 def _check_devices(model: nn.Module, call: CallLayout, leaves: Sequence[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,15 @@ class Arguments:
         if isinstance(example_inputs, tuple | list):
             return cls(tuple(example_inputs), {})
         return cls((example_inputs,), {})
+
+    def to(self, device: torch.device) -> Arguments:
+        """The same arguments with every tensor on a device."""
+        move = functools.partial(_moved, device=device)
+        return Arguments(pytree.tree_map(move, self.args), pytree.tree_map(move, dict(self.kwargs)))
+
+
+def _moved(leaf: Any, device: torch.device) -> Any:
+    return leaf.to(device) if isinstance(leaf, Tensor) else leaf
 
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any] | Arguments

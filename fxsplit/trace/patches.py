@@ -62,10 +62,10 @@ def _module_call(recorder: Recorder) -> Callable[..., Any]:
 
 
 def _function_apply(recorder: Recorder) -> Any:
-    original = torch.autograd.Function.__dict__["apply"]
+    original = inspect.getattr_static(torch.autograd.Function, "apply")
 
     def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        run = functools.partial(original.__func__, cls)
+        run = original.__get__(None, cls)
         if not recorder.recording or kwargs:
             return run(*args, **kwargs)
         return recorder.call_leaf(

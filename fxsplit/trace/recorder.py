@@ -124,6 +124,7 @@ class Recorder(TorchFunctionMode):
         self._nodes[key] = node
         if isinstance(value, Tensor):
             node.meta["spec"] = TensorSpec.of(value)
+            node.meta["is_activation"] = value.requires_grad
             # A dead tensor's id may be given to another one; forgetting it also keeps activations from piling up.
             self._alive[key] = weakref.ref(value, functools.partial(self._forget, key))
         else:

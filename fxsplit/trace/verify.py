@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,8 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    model.train(training)
+    if model.training != training:  # else submodules that the user froze in eval mode stay so
+        model.train(training)
     try:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
@@ -73,16 +74,15 @@ def compare_runs(
     Raises:
         TraceError: as in `trace`.
     """
-    results = []
-    for run in (
-        lambda: call.call(model, leaves),
-        lambda: traced.output.build(traced.module(*(v for v in leaves if isinstance(v, Tensor)))),
-    ):
+
+    def observe(run: Callable[[], Any]) -> tuple[list[Any], list[Tensor]]:
         with undisturbed(model, training), torch.no_grad():
-            traced.module.train(training)
             outputs = pytree.tree_leaves(run())
-            results.append((outputs, [buffer.clone() for buffer in model.buffers()]))
-    (expected, buffers), (found, graph_buffers) = results
+            return outputs, [buffer.clone() for buffer in model.buffers()]
+
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    expected, buffers = observe(lambda: call.call(model, leaves))
+    found, graph_buffers = observe(lambda: traced.output.build(traced.module(*tensors)))
     where = f"{type(model).__name__}, {mode_name(training)} mode, {what}"
     if len(expected) != len(found):
         raise _differs(where, f"{len(found)} outputs", f"{len(expected)} outputs", reads)
@@ -99,7 +99,7 @@ def _difference(expected: Any, found: Any) -> str | None:
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return f"is {found.dtype}{list(found.shape)} where the model gives {expected.dtype}{list(expected.shape)}"
     if expected.is_floating_point() or expected.is_complex():
-        if torch.equal(torch.nan_to_num(expected), torch.nan_to_num(found)):
+        if torch.allclose(expected, found, rtol=0.0, atol=0.0, equal_nan=True):
             return None
         return f"differs by {(expected - found).abs().max().item():.3g}"
     return None if torch.equal(expected, found) else f"differs in {int((expected != found).sum())} elements"

@@ -1,0 +1,41 @@
+# Every target does its own set-up: a virtual environment in .venv with fxsplit and its tools.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test gpu-test lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(STAMP) ## make .venv and install everything into it
+
+demo: $(STAMP) ## train MobileNetV2 over two processes; DEMO_ARGS="--epochs 4"
+	$(BIN)/python examples/digits.py $(DEMO_ARGS)
+
+test: $(STAMP) ## run the tests; PYTEST_ARGS="-k metrics"
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+gpu-test: $(STAMP) ## run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: $(STAMP) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fxsplit tests examples docs/images
+
+clean: ## remove .venv and everything that was made
+	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing fxsplit into $(VENV); this takes some minutes the first time"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,241 @@
+"""The picture of a plan: MACs and activation bytes along the model, with the cuts and the parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Polygon
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+from fxsplit.costs import CostTable
+from fxsplit.errors import FxsplitError, nearest
+from fxsplit.planning import Plan
+from fxsplit.planning.units import format_bytes, format_macs, format_seconds
+
+_COLORS = ("#3b6fb6", "#2e9e6b", "#c9812a", "#8a5fb0", "#b84a5a", "#4a8f9e", "#7d7d3c", "#6b6b6b")
+_INK, _FAINT, _CUT = "#2b2b2b", "#8a8a8a", "#c0392b"
+_INCHES_PER_LABEL = 0.2
+_MARGINS = {"left": 0.075, "right": 0.985, "top": 0.93, "hspace": 0.0}
+
+
+def check_picture_path(path: Path) -> None:
+    """Refuses a path where no picture can be written, before any work is done for it.
+
+    Raises:
+        FxsplitError: the folder does not exist, the path is a folder, or the format is not known.
+    """
+    formats = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if not path.parent.is_dir():
+        raise FxsplitError(
+            "the folder for the picture does not exist",
+            found=path.parent,
+            allowed="a folder that exists",
+            hint=f"mkdir -p {path.parent}",
+        )
+    if path.is_dir():
+        raise FxsplitError(
+            "the path for the picture is a folder", found=path, allowed="a file", hint=f"{path / 'cuts.png'}"
+        )
+    suffix = path.suffix.removeprefix(".")
+    if suffix not in formats:
+        raise FxsplitError(
+            "pictures are not written in this format",
+            found=path.name,
+            allowed=", ".join(f".{name}" for name in formats),
+            hint=f"nearest: {path.stem}.{nearest(suffix, formats, 1).split(', ')[0]}"
+            if suffix
+            else f"{path.name}.png",
+        )
+
+
+def save_picture(costs: CostTable, plan: Plan, path: Path) -> None:
+    """Draws the plan into a file, in the format of its suffix.
+
+    Raises:
+        FxsplitError: it cannot be written.
+    """
+    try:
+        draw(costs, plan).savefig(path, dpi=130)
+    except OSError as error:
+        raise FxsplitError("the picture cannot be written", where=path, found=error.strerror) from error
+
+
+def draw(costs: CostTable, plan: Plan) -> Figure:
+    """The picture of a plan for a model of these costs.
+
+    From top to bottom: the parts, side by side; MACs of each node, in execution order; bytes that cross each
+    place between two nodes, with what a cut there sends.
+    """
+    stages = len(plan.parts)
+    figure = Figure(figsize=(max(11.0, 1.9 * stages), 6.6), layout=None)
+    FigureCanvasAgg(figure)
+    header, macs, crossing = figure.subplots(3, 1, sharex=True, height_ratios=(0.85, 1.15, 1.15))
+    bounds = (0, *(costs.cut_points[name] for name in plan.cut_names), len(costs))
+    colors = _worker_colors(plan)
+    for axes in (macs, crossing):
+        for color, (start, end) in zip(colors, pairwise(bounds), strict=True):
+            axes.axvspan(start, end, color=color, alpha=0.09, linewidth=0)
+        for position in bounds[1:-1]:
+            axes.axvline(position, color=_CUT, linewidth=1.2, zorder=4)
+        axes.grid(axis="y", color="#d9d9d9", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=8, colors=_INK)
+        axes.spines[["top", "right"]].set_visible(False)
+    _draw_macs(macs, costs, colors, bounds)
+    _draw_crossing(crossing, costs, plan, bounds)
+    _draw_header(header, plan, colors, bounds)
+    header.set_xlim(0, len(costs))
+    width = figure.get_figwidth() * (_MARGINS["right"] - _MARGINS["left"])
+    longest = _label_modules(crossing, costs, int(width / _INCHES_PER_LABEL))
+    # Labels stand at 45 degrees: 0.7 of their length is below the axis; 0.065 inches is a letter.
+    figure.subplots_adjust(bottom=min(0.3, (0.25 + 0.7 * 0.065 * longest) / 6.6), **_MARGINS)
+    totals = f"{format_macs(costs.forward_macs)} MACs, {format_bytes(costs.parameter_bytes)} of parameters"
+    step = f"predicted step {format_seconds(plan.predicted_step_s)}"
+    figure.text(_MARGINS["left"], 0.965, plan.model, fontsize=13, weight="bold", color=_INK, va="center")
+    figure.text(
+        _MARGINS["right"],
+        0.965,
+        f"batch {plan.batch_size}  ·  {totals}  ·  {step}",
+        fontsize=9.5,
+        color=_INK,
+        ha="right",
+        va="center",
+    )
+    return figure
+
+
+def _worker_colors(plan: Plan) -> list[str]:
+    """One colour a stage; stages of one worker have the same."""
+    workers = list(dict.fromkeys(plan.workers))
+    return [_COLORS[workers.index(worker) % len(_COLORS)] for worker in plan.workers]
+
+
+def _draw_macs(axes: Axes, costs: CostTable, colors: Sequence[str], bounds: Sequence[int]) -> None:
+    """MACs on a linear scale: what the eye sees as area is work."""
+    for color, (start, end) in zip(colors, pairwise(bounds), strict=True):
+        heights = [node.forward_macs for node in costs.nodes[start:end]]
+        width = 0.82 if len(costs) < 400 else 1.0
+        axes.bar([start + 0.5 + i for i in range(len(heights))], heights, width, color=color, zorder=3)
+    axes.set_ylim(0, 1.08 * max([node.forward_macs for node in costs.nodes], default=1) or 1)
+    axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.set_ylabel("MACs of a node", fontsize=9, color=_INK)
+
+
+def _draw_crossing(axes: Axes, costs: CostTable, plan: Plan, bounds: Sequence[int]) -> None:
+    """Bytes on a logarithmic scale: they span decades, and a compressor's ratio is the same length everywhere."""
+    crossing = bytes_across(costs)
+    floor = min([count for count in crossing if count], default=1)
+    axes.set_yscale("log")
+    edges = [max(0.0, i - 0.5) for i in range(len(crossing))] + [float(len(costs))]
+    heights = [max(count, floor) for count in crossing]
+    axes.stairs(heights, edges, color=_INK, linewidth=1.3, baseline=None, zorder=3)
+    sent = [cut.wire_bytes for cut in plan.cuts if cut.wire_bytes]
+    low, high = min([floor, *sent]), max([*heights, *sent])
+    axes.set_ylim(10 ** (math.log10(low) - 0.35), 10 ** (math.log10(high) + 0.35))
+    for position, cut in zip(bounds[1:-1], plan.cuts, strict=True):
+        if not cut.wire_bytes:
+            continue
+        axes.plot([position], [cut.raw_bytes], "o", color=_CUT, markersize=6, zorder=6)
+        if cut.wire_bytes != cut.raw_bytes:
+            ends = {"xy": (position, cut.wire_bytes), "xytext": (position, cut.raw_bytes)}
+            arrow = {"arrowstyle": "-|>,head_width=0.3,head_length=0.6", "color": _CUT, "linewidth": 2.4}
+            axes.annotate("", **ends, arrowprops={**arrow, "shrinkA": 0, "shrinkB": 0}, zorder=6)
+    axes.yaxis.set_major_locator(LogLocator(numticks=8))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(EngFormatter(unit="B", sep=" "))
+    axes.set_ylabel("bytes that cross", fontsize=9, color=_INK)
+
+
+def bytes_across(costs: CostTable) -> list[int]:
+    """For each place between two nodes, the bytes of all values made before it and used after it.
+
+    Place `i` is before node `i`; at the first only the model's inputs cross, at the last only its outputs.
+    """
+    change = [0] * (len(costs) + 2)
+    for value in costs.values:
+        change[value.producer + 1] += value.nbytes
+        change[value.consumers[-1] + 1] -= value.nbytes
+    crossing = [0]
+    for step in change:
+        crossing.append(crossing[-1] + step)
+    return crossing[1 : len(costs) + 2]
+
+
+def _draw_header(axes: Axes, plan: Plan, colors: Sequence[str], bounds: Sequence[int]) -> None:
+    """The parts as boxes of one width, whatever the share of the nodes they have, each fanned out to its own."""
+    axes.set_axis_off()
+    axes.set_ylim(0, 1)
+    end, stages = bounds[-1], len(plan.parts)
+    cell, gap = end / stages, 0.006 * end
+    letters = int(104 / stages * max(1.0, 1.9 * stages / 11))
+    for part, color in zip(plan.parts, colors, strict=True):
+        left, right = part.stage * cell + gap, (part.stage + 1) * cell - gap
+        left, right = (0.0 if part.stage == 0 else left), (end if part.stage == stages - 1 else right)
+        start, stop = bounds[part.stage], bounds[part.stage + 1]
+        fan = [(left, 0.64), (right, 0.64), (stop, 0.0), (start, 0.0)]
+        axes.add_patch(Polygon(fan, color=color, alpha=0.09, linewidth=0))
+        axes.add_patch(Polygon([(left, 0.64), (left, 1), (right, 1), (right, 0.64)], color=color, linewidth=0))
+        device = part.device if part.worker in part.device else f"{part.device} ({part.worker})"
+        style = {"ha": "center", "color": "white", "va": "center"}
+        axes.text((left + right) / 2, 0.89, _fit(f"{part.stage}: {device}", letters), weight="bold", **style)
+        work = f"{format_macs(part.macs)} MACs, {format_seconds(part.step_s)}"
+        axes.text((left + right) / 2, 0.74, _fit(work, letters), fontsize=9, **style)
+    for cut, position in zip(plan.cuts, bounds[1:-1], strict=True):
+        label_x = cut.stage * cell
+        axes.plot([label_x, label_x, position], [0.64, 0.3, 0.0], color=_CUT, linewidth=1.2, zorder=4)
+        sent = format_bytes(cut.raw_bytes)
+        if cut.wire_bytes != cut.raw_bytes:
+            sent += f" → {format_bytes(cut.wire_bytes)}"
+        text = f"{_fit(cut.name, letters)}\n{sent}"
+        box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": _CUT, "linewidth": 1.0}
+        axes.text(label_x, 0.4, text, fontsize=8.5, ha="center", va="center", color=_INK, bbox=box, zorder=5)
+
+
+def _fit(text: str, letters: int) -> str:
+    """The text, with dots in its middle where it is too long.
+
+    >>> _fit("bert.encoder.layer.10.attention", 20)
+    'bert.encod…attention'
+    """
+    if len(text) <= letters:
+        return text
+    tail = (letters - 1) // 2
+    return f"{text[: letters - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def _label_modules(axes: Axes, costs: CostTable, most: int) -> int:
+    """Names modules along the axis, as deep as there is room for; returns the length of the longest name."""
+    names = [node.module or node.name for node in costs.nodes]
+    depth = max((name.count(".") for name in names), default=0)
+    while depth and len(_groups(names, depth)) > most:
+        depth -= 1
+    groups = _groups(names, depth)
+    every = math.ceil(len(groups) / most) if groups else 1
+    apart = len(names) / most
+    shown: list[tuple[float, str]] = []
+    for name, start, end in groups[::every]:
+        middle = (start + end) / 2
+        if not shown or middle - shown[-1][0] >= apart:
+            shown.append((middle, _fit(name, 28)))
+    axes.set_xticks([middle for middle, _ in shown])
+    axes.set_xticklabels(
+        [name for _, name in shown], rotation=45, ha="right", rotation_mode="anchor", fontsize=7.5
+    )
+    axes.tick_params(axis="x", length=3, pad=2)
+    return max((len(name) for _, name in shown), default=0)
+
+
+def _groups(names: Sequence[str], depth: int) -> list[tuple[str, int, int]]:
+    """Runs of nodes in the same module, down to a depth: its name, its first node and the one after its last."""
+    groups, start = [], 0
+    for name, run in groupby(names, key=lambda name: ".".join(name.split(".")[: depth + 1])):
+        end = start + sum(1 for _ in run)
+        groups.append((name, start, end))
+        start = end
+    return groups

@@ -1,0 +1,18 @@
+"""What the tests share: deterministic torch, and small models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    """Fixed seed and one thread: the machine's number of cores must not change results."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

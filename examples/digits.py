@@ -22,13 +22,14 @@ import torch
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy, interpolate, pad
 from torchvision.models import mobilenet_v2
 
 import fxsplit
@@ -39,7 +40,20 @@ DEVICES = ("cpu", "server/cpu", "cpu")
 CUTS = ("features.0.2", "classifier")
 PEAK_LEARNING_RATE = 0.01
 EVALUATION_BATCH = 128
+BACKGROUND = -1.0
 COLOURS = ("#1f4e79", "#d9730d")
+
+ROWS = (
+    "test accuracy",
+    "client to server",
+    "server to client",
+    "values, both ways",
+    "gradients, both ways",
+    "ratio to uncompressed",
+    "compute time",
+    "encode and decode time",
+    "total time",
+)
 
 console = Console()
 
@@ -98,10 +112,20 @@ def load_data(image_size: int, samples: int, seed: int) -> tuple[Data, Data]:
 
 
 def batches(data: Data, size: int, generator: torch.Generator) -> Iterator[Data]:
-    """The data in a new random order, in batches of one size; the rest that fills no batch is left out."""
+    """The data in random order and place, in batches of one size; the rest that fills no batch is left out."""
     order = torch.randperm(len(data.labels), generator=generator)
     for chosen in order[: len(order) // size * size].split(size):
-        yield Data(data.images[chosen], data.labels[chosen])
+        yield Data(shifted(data.images[chosen], generator), data.labels[chosen])
+
+
+def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image moved by up to a sixteenth of its size, which is half a pixel of the original."""
+    size = images.shape[-1]
+    most = size // 16
+    places = torch.randint(0, 2 * most + 1, (len(images), 2), generator=generator).tolist()
+    framed = pad(images, (most, most, most, most), value=BACKGROUND)
+    moved = [i[:, y : y + size, x : x + size] for i, (y, x) in zip(framed, places, strict=True)]
+    return torch.stack(moved)
 
 
 def train(compressor: str | None, data: tuple[Data, Data], settings: Settings, progress: Progress) -> Run:
@@ -159,26 +183,24 @@ def table(plain: Run, compressed: Run) -> Table:
     result.add_column("a training batch", no_wrap=True)
     for run in (plain, compressed):
         result.add_column(run.name, justify="right", no_wrap=True)
-    rows = {
-        "test accuracy": lambda run: f"{run.accuracies[-1]:.1f} %",
-        "client to server": lambda run: format_bytes(run.bytes_from("client") / run.metrics.calls),
-        "server to client": lambda run: format_bytes(run.bytes_from("server") / run.metrics.calls),
-        "  of both: values": lambda run: format_bytes(run.bytes_of(backward=False) / run.metrics.calls),
-        "  of both: gradients": lambda run: format_bytes(run.bytes_of(backward=True) / run.metrics.calls),
-        "ratio to uncompressed": lambda run: f"{run.metrics.ratio:.3f}",
-        "compute time": lambda run: format_seconds(run.metrics.compute_s / run.metrics.calls),
-        "encode and decode time": lambda run: format_seconds(coding_s(run.metrics) / run.metrics.calls),
-        "total time": lambda run: format_seconds(run.metrics.total_s / run.metrics.calls),
-    }
-    for name, value in rows.items():
-        result.add_row(name, value(plain), value(compressed))
+    for name, *cells in zip(ROWS, measures(plain), measures(compressed), strict=True):
+        result.add_row(name, *cells)
     result.caption = "mean of the last epoch; compute, encode and decode\nare added up over both processes"
     return result
 
 
-def coding_s(metrics: Metrics) -> float:
-    """Seconds that all workers encoded and decoded, together."""
-    return sum(worker.encode_s + worker.decode_s for worker in metrics.workers.values())
+def measures(run: Run) -> tuple[str, ...]:
+    """What the table says of a run, in the order of `ROWS`."""
+    metrics, calls = run.metrics, run.metrics.calls
+    coding_s = sum(worker.encode_s + worker.decode_s for worker in metrics.workers.values())
+    moved = run.bytes_from("client"), run.bytes_from("server"), run.bytes_of(False), run.bytes_of(True)
+    spent = metrics.compute_s, coding_s, metrics.total_s
+    return (
+        f"{run.accuracies[-1]:.1f} %",
+        *(format_bytes(count / calls) for count in moved),
+        f"{metrics.ratio:.3f}",
+        *(format_seconds(seconds / calls) for seconds in spent),
+    )
 
 
 def plot(plain: Run, compressed: Run, path: Path) -> None:
@@ -186,29 +208,29 @@ def plot(plain: Run, compressed: Run, path: Path) -> None:
     figure = Figure(figsize=(10, 4), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2)
     for run, colour, style in zip((plain, compressed), COLOURS, ("-", "--"), strict=True):
-        epochs = range(1, len(run.losses) + 1)
-        label = f"{run.name} (moves {run.metrics.ratio:.2f} of the bytes)" if run is compressed else run.name
-        look = {"color": colour, "linestyle": style, "marker": "o", "markersize": 4, "linewidth": 1.8}
-        left.plot(epochs, run.accuracies, label=f"{run.name}: {run.accuracies[-1]:.1f} %", **look)
-        right.plot(epochs, run.losses, label=label, **look)
-    left.axhline(95, color="#999999", linewidth=0.8, linestyle=":")
+        labels = f"{run.name}: {run.accuracies[-1]:.1f} %", f"{run.name}: {run.metrics.ratio:.2f} of the bytes"
+        for axes, values, label in zip((left, right), (run.accuracies, run.losses), labels, strict=True):
+            epochs = range(1, len(values) + 1)
+            axes.plot(epochs, values, color=colour, linestyle=style, marker="o", markersize=4, label=label)
     left.set_ylim(0, 103)
     right.set_yscale("log")
-    decorate(left, "Test accuracy in %", "lower right")
-    decorate(right, "Training loss", "upper right")
+    right.yaxis.set_major_formatter("{x:g}")
+    decorate(left, "Test accuracy in %")
+    decorate(right, "Training loss")
+    figure.suptitle("MobileNetV2 on digits, split over two processes", x=0.01, ha="left", weight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
-def decorate(axes: Axes, title: str, place: str) -> None:
+def decorate(axes: Axes, title: str) -> None:
     """Title, grid and legend, and nothing else."""
     axes.set_title(title, loc="left", fontsize=12)
     axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc=place)
+    axes.legend(frameon=False)
 
 
 def misses(plain: Run, compressed: Run, min_accuracy: float, max_difference: float, max_ratio: float) -> list[str]:

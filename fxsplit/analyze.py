@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from fxsplit.costs import CostTable, NodeCost, Value
 from fxsplit.module_tree import get_attribute
@@ -31,6 +31,12 @@ def _batch_norm_flop(input_shape: Sequence[int], *args: Any, **kwargs: Any) -> i
     return 4 * math.prod(input_shape)
 
 
+def _attention_flop(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
 _BATCH_NORMS = (
     torch.ops.aten.native_batch_norm,
     torch.ops.aten._native_batch_norm_legit,
@@ -41,6 +47,8 @@ _BATCH_NORMS = (
     torch.ops.aten.miopen_batch_norm,
 )
 _FORMULAS: dict[Any, Callable[..., int]] = dict.fromkeys(_BATCH_NORMS, _batch_norm_flop)
+# Not among the formulas of torch 2.11, and then attention on a CPU would be free.
+_FORMULAS[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _attention_flop
 
 # Operations of aten that do real arithmetic and for which torch has no formula. Others without one move or
 # transform elements, which by convention costs no MACs.

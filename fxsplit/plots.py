@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Polygon
+from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from fxsplit.costs import CostTable
@@ -20,8 +21,11 @@ from fxsplit.planning.units import format_bytes, format_macs, format_seconds
 
 _COLORS = ("#3b6fb6", "#2e9e6b", "#c9812a", "#8a5fb0", "#b84a5a", "#4a8f9e", "#7d7d3c", "#6b6b6b")
 _INK, _FAINT, _CUT = "#2b2b2b", "#8a8a8a", "#c0392b"
-_INCHES_PER_LABEL = 0.2
-_MARGINS = {"left": 0.075, "right": 0.985, "top": 0.93, "hspace": 0.0}
+_SHADE = 0.09
+_HEIGHT = 6.6
+_INCHES_PER_LABEL, _INCHES_PER_LETTER = 0.2, 0.078
+_BOX, _BEND = 0.6, 0.3  # of the header's height: the lower edge of the boxes, and where the cuts' lines turn
+_MARGINS = {"left": 0.075, "right": 0.985, "top": 0.93, "hspace": 0.09}
 
 
 def check_picture_path(path: Path) -> None:
@@ -72,42 +76,47 @@ def draw(costs: CostTable, plan: Plan) -> Figure:
     From top to bottom: the parts, side by side; MACs of each node, in execution order; bytes that cross each
     place between two nodes, with what a cut there sends.
     """
-    stages = len(plan.parts)
-    figure = Figure(figsize=(max(11.0, 1.9 * stages), 6.6), layout=None)
+    figure = Figure(figsize=(max(11.0, 1.9 * len(plan.parts)), _HEIGHT))
     FigureCanvasAgg(figure)
-    header, macs, crossing = figure.subplots(3, 1, sharex=True, height_ratios=(0.85, 1.15, 1.15))
+    width = figure.get_figwidth() * (_MARGINS["right"] - _MARGINS["left"])
+    header, macs, crossing = figure.subplots(3, 1, sharex=True, height_ratios=(0.8, 1.15, 1.15))
     bounds = (0, *(costs.cut_points[name] for name in plan.cut_names), len(costs))
     colors = _worker_colors(plan)
     for axes in (macs, crossing):
         for color, (start, end) in zip(colors, pairwise(bounds), strict=True):
-            axes.axvspan(start, end, color=color, alpha=0.09, linewidth=0)
+            axes.axvspan(start, end, color=color, alpha=_SHADE, linewidth=0)
         for position in bounds[1:-1]:
             axes.axvline(position, color=_CUT, linewidth=1.2, zorder=4)
         axes.grid(axis="y", color="#d9d9d9", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.tick_params(labelsize=8, colors=_INK)
         axes.spines[["top", "right"]].set_visible(False)
+    macs.tick_params(axis="x", length=0)
     _draw_macs(macs, costs, colors, bounds)
     _draw_crossing(crossing, costs, plan, bounds)
-    _draw_header(header, plan, colors, bounds)
+    _draw_header(header, plan, colors, bounds, width)
     header.set_xlim(0, len(costs))
-    width = figure.get_figwidth() * (_MARGINS["right"] - _MARGINS["left"])
     longest = _label_modules(crossing, costs, int(width / _INCHES_PER_LABEL))
     # Labels stand at 45 degrees: 0.7 of their length is below the axis; 0.065 inches is a letter.
-    figure.subplots_adjust(bottom=min(0.3, (0.25 + 0.7 * 0.065 * longest) / 6.6), **_MARGINS)
-    totals = f"{format_macs(costs.forward_macs)} MACs, {format_bytes(costs.parameter_bytes)} of parameters"
-    step = f"predicted step {format_seconds(plan.predicted_step_s)}"
-    figure.text(_MARGINS["left"], 0.965, plan.model, fontsize=13, weight="bold", color=_INK, va="center")
-    figure.text(
-        _MARGINS["right"],
-        0.965,
-        f"batch {plan.batch_size}  ·  {totals}  ·  {step}",
-        fontsize=9.5,
-        color=_INK,
-        ha="right",
-        va="center",
-    )
+    figure.subplots_adjust(bottom=(0.25 + 0.7 * 0.065 * longest) / _HEIGHT, **_MARGINS)
+    # The header has no gap to the panel below, so that its lines meet the cuts.
+    top, below = header.get_position(), macs.get_position()
+    header.set_position((top.x0, below.y1, top.width, top.y1 - below.y1))
+    _draw_title(figure, costs, plan)
     return figure
+
+
+def _draw_title(figure: Figure, costs: CostTable, plan: Plan) -> None:
+    facts = (
+        f"batch {plan.batch_size}",
+        f"{format_macs(costs.forward_macs)} MACs",
+        f"{format_bytes(costs.parameter_bytes)} of parameters",
+        f"compressor {plan.compressor}",
+        f"predicted step {format_seconds(plan.predicted_step_s)}",
+    )
+    style: dict[str, Any] = {"color": _INK, "va": "center"}
+    figure.text(_MARGINS["left"], 0.965, plan.model, fontsize=13, weight="bold", **style)
+    figure.text(_MARGINS["right"], 0.965, "  ·  ".join(facts), fontsize=9, ha="right", **style)
 
 
 def _worker_colors(plan: Plan) -> list[str]:
@@ -143,9 +152,10 @@ def _draw_crossing(axes: Axes, costs: CostTable, plan: Plan, bounds: Sequence[in
             continue
         axes.plot([position], [cut.raw_bytes], "o", color=_CUT, markersize=6, zorder=6)
         if cut.wire_bytes != cut.raw_bytes:
-            ends = {"xy": (position, cut.wire_bytes), "xytext": (position, cut.raw_bytes)}
-            arrow = {"arrowstyle": "-|>,head_width=0.3,head_length=0.6", "color": _CUT, "linewidth": 2.4}
-            axes.annotate("", **ends, arrowprops={**arrow, "shrinkA": 0, "shrinkB": 0}, zorder=6)
+            head = "-|>,head_width=0.3,head_length=0.6"
+            arrow = {"arrowstyle": head, "color": _CUT, "linewidth": 2.4, "shrinkA": 0, "shrinkB": 0}
+            before, after = (position, cut.raw_bytes), (position, cut.wire_bytes)
+            axes.annotate("", xy=after, xytext=before, arrowprops=arrow, zorder=6)
     axes.yaxis.set_major_locator(LogLocator(numticks=8))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(EngFormatter(unit="B", sep=" "))
@@ -159,42 +169,46 @@ def bytes_across(costs: CostTable) -> list[int]:
     """
     change = [0] * (len(costs) + 2)
     for value in costs.values:
-        change[value.producer + 1] += value.nbytes
-        change[value.consumers[-1] + 1] -= value.nbytes
+        # What is no tensor may hold some, as a tuple does.
+        nbytes = value.nbytes if value.spec or value.producer < 0 else costs.nodes[value.producer].output_bytes
+        change[value.producer + 1] += nbytes
+        change[value.consumers[-1] + 1] -= nbytes
     crossing = [0]
     for step in change:
         crossing.append(crossing[-1] + step)
     return crossing[1 : len(costs) + 2]
 
 
-def _draw_header(axes: Axes, plan: Plan, colors: Sequence[str], bounds: Sequence[int]) -> None:
-    """The parts as boxes of one width, whatever the share of the nodes they have, each fanned out to its own."""
+def _draw_header(axes: Axes, plan: Plan, colors: Sequence[str], bounds: Sequence[int], width: float) -> None:
+    """The parts as boxes of one width, whatever share of the nodes they have, each fanned out to its own.
+
+    The lines of the cuts lead from between two boxes to their places, past labels that so never overlap.
+    """
     axes.set_axis_off()
     axes.set_ylim(0, 1)
     end, stages = bounds[-1], len(plan.parts)
-    cell, gap = end / stages, 0.006 * end
-    letters = int(104 / stages * max(1.0, 1.9 * stages / 11))
+    cell, gap = end / stages, 0.05 / width * end
+    lines = [[(stage * cell, _BOX), (stage * cell, _BEND), (bound, 0.0)] for stage, bound in enumerate(bounds)]
+    letters = int(width / stages / _INCHES_PER_LETTER)
     for part, color in zip(plan.parts, colors, strict=True):
-        left, right = part.stage * cell + gap, (part.stage + 1) * cell - gap
-        left, right = (0.0 if part.stage == 0 else left), (end if part.stage == stages - 1 else right)
-        start, stop = bounds[part.stage], bounds[part.stage + 1]
-        fan = [(left, 0.64), (right, 0.64), (stop, 0.0), (start, 0.0)]
-        axes.add_patch(Polygon(fan, color=color, alpha=0.09, linewidth=0))
-        axes.add_patch(Polygon([(left, 0.64), (left, 1), (right, 1), (right, 0.64)], color=color, linewidth=0))
+        fan = [*lines[part.stage], *reversed(lines[part.stage + 1])]
+        axes.add_patch(Polygon(fan, color=color, alpha=_SHADE, linewidth=0))
+        left = part.stage * cell + (gap if part.stage else 0)
+        right = (part.stage + 1) * cell - (gap if part.stage + 1 < stages else 0)
+        axes.add_patch(Rectangle((left, _BOX), right - left, 1 - _BOX, color=color, linewidth=0))
         device = part.device if part.worker in part.device else f"{part.device} ({part.worker})"
-        style = {"ha": "center", "color": "white", "va": "center"}
-        axes.text((left + right) / 2, 0.89, _fit(f"{part.stage}: {device}", letters), weight="bold", **style)
         work = f"{format_macs(part.macs)} MACs, {format_seconds(part.step_s)}"
-        axes.text((left + right) / 2, 0.74, _fit(work, letters), fontsize=9, **style)
-    for cut, position in zip(plan.cuts, bounds[1:-1], strict=True):
-        label_x = cut.stage * cell
-        axes.plot([label_x, label_x, position], [0.64, 0.3, 0.0], color=_CUT, linewidth=1.2, zorder=4)
+        style: dict[str, Any] = {"x": (left + right) / 2, "ha": "center", "va": "center", "color": "white"}
+        axes.text(y=0.88, s=_fit(f"{part.stage}: {device}", letters - 3), weight="bold", **style)
+        axes.text(y=0.71, s=_fit(work, letters), fontsize=9, **style)
+    box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": _CUT, "linewidth": 1.0}
+    for cut, line in zip(plan.cuts, lines[1:-1], strict=True):
+        axes.plot(*zip(*line, strict=True), color=_CUT, linewidth=1.2, zorder=4)
         sent = format_bytes(cut.raw_bytes)
         if cut.wire_bytes != cut.raw_bytes:
             sent += f" → {format_bytes(cut.wire_bytes)}"
-        text = f"{_fit(cut.name, letters)}\n{sent}"
-        box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": _CUT, "linewidth": 1.0}
-        axes.text(label_x, 0.4, text, fontsize=8.5, ha="center", va="center", color=_INK, bbox=box, zorder=5)
+        text = f"{_fit(cut.name, letters - 2)}\n{sent}"
+        axes.text(line[0][0], 0.37, text, fontsize=8.5, ha="center", va="center", color=_INK, bbox=box, zorder=5)
 
 
 def _fit(text: str, letters: int) -> str:
@@ -213,7 +227,7 @@ def _label_modules(axes: Axes, costs: CostTable, most: int) -> int:
     """Names modules along the axis, as deep as there is room for; returns the length of the longest name."""
     names = [node.module or node.name for node in costs.nodes]
     depth = max((name.count(".") for name in names), default=0)
-    while depth and len(_groups(names, depth)) > most:
+    while depth and (len(groups := _groups(names, depth)) > most or _is_ragged(groups)):
         depth -= 1
     groups = _groups(names, depth)
     every = math.ceil(len(groups) / most) if groups else 1
@@ -222,7 +236,7 @@ def _label_modules(axes: Axes, costs: CostTable, most: int) -> int:
     for name, start, end in groups[::every]:
         middle = (start + end) / 2
         if not shown or middle - shown[-1][0] >= apart:
-            shown.append((middle, _fit(name, 28)))
+            shown.append((middle, _fit(name, 32)))
     axes.set_xticks([middle for middle, _ in shown])
     axes.set_xticklabels(
         [name for _, name in shown], rotation=45, ha="right", rotation_mode="anchor", fontsize=7.5
@@ -239,3 +253,9 @@ def _groups(names: Sequence[str], depth: int) -> list[tuple[str, int, int]]:
         groups.append((name, start, end))
         start = end
     return groups
+
+
+def _is_ragged(groups: Sequence[tuple[str, int, int]]) -> bool:
+    """Whether many modules alternate with the modules inside them: a level less names them once."""
+    inside = sum(1 for one, two in pairwise(groups) if one[0].startswith(f"{two[0]}."))
+    return 4 * inside > len(groups)

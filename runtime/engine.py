@@ -19,13 +19,15 @@ from fxsplit.planning import Plan
 from fxsplit.runtime import shipping
 from fxsplit.runtime.metrics import LinkTraffic, Metrics, RunReport
 from fxsplit.runtime.packet import Key, Packet, pack, unpack
-from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, Transport, wait
+from fxsplit.runtime.settings import TorchSettings
+from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, Transport, wait, wait_done
 from fxsplit.runtime.worker import Failure, Worker
 from fxsplit.schedules import Action, schedule
 from fxsplit.split import Boundary, SplitModel
 from fxsplit.stage import CLIENT, Edge
 
 _ABORT_WAIT_S = 5.0
+_LOSS_WAIT_S = 1.0
 
 
 @dataclass
@@ -90,7 +92,7 @@ class Engine:
         for worker in (CLIENT_NAME, *self.remote):
             held = {i: split.stages[i] for i, name in enumerate(plan.workers) if name == worker}
             devices = {part.stage: part.device.rpartition("/")[2] for part in plan.parts if part.stage in held}
-            arguments = (*shipping.dump(held), devices, plan.workers, canonical)
+            arguments = (*shipping.dump(held), devices, plan.workers, canonical, TorchSettings.current())
             futures[worker] = self._call(worker, "load", *arguments)
         self._gather(futures)
 
@@ -119,10 +121,23 @@ class Engine:
 
     def _gather(self, futures: dict[str, Future[Any]]) -> dict[str, Any]:
         pending = list(futures.values())
-        results = {worker: wait(future, lambda: self._check_all(pending)) for worker, future in futures.items()}
+        for future in pending:
+            wait_done(future, lambda: self._check_all(pending))
+        results = {worker: self._result(future) for worker, future in futures.items()}
         for result in results.values():
             _raise_failure(result)
         return results
+
+    def _result(self, future: Future[Any]) -> Any:
+        try:
+            return future.result()
+        except WorkerError:
+            # The connection ends a little before the process is gone; how it went says more.
+            end = time.monotonic() + _LOSS_WAIT_S
+            while time.monotonic() < end:
+                self._check()
+                time.sleep(0.02)
+            raise
 
     def _open(self) -> Endpoint:
         if self._endpoint is None:
@@ -143,7 +158,7 @@ class Engine:
         self._check()
         for future in futures:
             if future.done():
-                future.result()
+                self._result(future)
 
     # ------------------------------------------------------------------ steps
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_any
 from typing import Any, Protocol
 
 from fxsplit.errors import PipelineError
@@ -98,14 +98,13 @@ class Transport(Protocol):
         """Ends all workers. Never hangs; may be called twice."""
 
 
-def wait(future: Future[Any], check: Callable[[], None], poll_s: float = 0.2) -> Any:
-    """The future's result; while it is not there, `check` may raise to end the wait."""
-    while True:
-        try:
-            return future.result(timeout=poll_s)
-        except FutureTimeout:
-            if future.done():
-                raise  # the task itself raised a TimeoutError
-            check()
-        except CancelledError:
-            raise PipelineError("the pipeline was closed while it was running") from None
+def wait_done(future: Future[Any], check: Callable[[], None], poll_s: float = 0.2) -> None:
+    """Returns when the future is done; until then, `check` may raise to end the wait."""
+    while not wait_any([future], timeout=poll_s).done:
+        check()
+
+
+def wait(future: Future[Any], check: Callable[[], None]) -> Any:
+    """The future's result, waited for as in `wait_done`."""
+    wait_done(future, check)
+    return future.result()

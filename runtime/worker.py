@@ -15,6 +15,7 @@ from fxsplit.runtime import shipping
 from fxsplit.runtime.metrics import LinkTraffic, RunReport
 from fxsplit.runtime.packet import GradientTap, Key, Packet, pack, unpack
 from fxsplit.runtime.parameters import ParameterStore
+from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.schedules import Action
 from fxsplit.stage import CLIENT, Edge, StageModule
@@ -102,6 +103,7 @@ class Worker:
         devices: Mapping[int, str],
         workers: Sequence[str],
         canonical: Mapping[str, str],
+        settings: TorchSettings,
     ) -> None:
         """Takes the stages over.
 
@@ -111,7 +113,9 @@ class Worker:
             devices: the device of each stage held here.
             workers: the worker of every stage.
             canonical: name of a tied parameter -> its first name in the model.
+            settings: the client's precision and determinism.
         """
+        settings.apply()
         self._stages = shipping.load(data, tensors)
         self._devices = {stage: torch.device(device) for stage, device in devices.items()}
         self._workers = tuple(workers)

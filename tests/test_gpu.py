@@ -40,6 +40,7 @@ def test_the_call_of_the_readme_runs_as_written() -> None:
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_cpu_client_and_gpu_server(transport: str, chunks: int) -> None:
     """Uncompressed, the numbers are those of the CPU but for the GPU's rounding."""
+    torch.backends.cudnn.allow_tf32 = False  # the worker takes it over; with TF32 gradients differ by 8 %
     model, x, y = mobilenet().eval(), images(8, 64), torch.arange(8)
     reference = copy.deepcopy(model)
     options: dict[str, Any] = {"cuts": ["features.0.2", "classifier"], "chunks": chunks, "transport": transport}
@@ -53,7 +54,7 @@ def test_cpu_client_and_gpu_server(transport: str, chunks: int) -> None:
         for name, parameter in reference.named_parameters():
             assert parameter.grad is not None
             error = (found[name] - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-6)
-            assert error < 0.05, f"{name}: {error}"
+            assert error < 1e-3, f"{name}: {error}"
 
 
 def test_a_client_on_the_gpu() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -14,7 +15,7 @@ CLIENT = "#e3eef8"
 SERVER = "#fdebd8"
 CODEC = "#d9730d"
 STEPS = ("trace", "analyze", "plan", "rewrite", "split", "run")
-PRODUCTS = ("model", "graph", "cost\ntable", "plan", "graph\nwith codecs", "stages", "pipeline")
+PRODUCTS = ("model", "graph", "cost\ntable", "plan", "graph +\ncodecs", "stages", "pipeline")
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, fill: str, edge: str = INK) -> None:
@@ -46,35 +47,35 @@ def draw_stages(axes: Axes, y: float) -> None:
     """A graph of nodes in three stages, with codecs on the edges that cross."""
     stages = (
         (1.40, 2.6, CLIENT, "client: stage 0", ("conv, bn", "encode")),
-        (6.00, 5.2, SERVER, "server: stage 1", ("decode", "relu6", "16 blocks", "encode")),
+        (6.00, 5.2, SERVER, "server: stage 1", ("decode", "relu6", "blocks", "encode")),
         (10.60, 2.6, CLIENT, "client: stage 2", ("decode", "classifier")),
     )
     ends: list[tuple[float, float]] = []
     for x, width, fill, title, nodes in stages:
-        box(axes, x, y + 0.1, width, 2.0, fill, edge="none")
-        axes.text(x - width / 2 + 0.15, y + 0.83, title, ha="left", va="center", color=INK, fontsize=12)
+        box(axes, x, y + 0.22, width, 1.56, fill, edge="none")
+        axes.text(x - width / 2 + 0.15, y + 0.7, title, ha="left", va="center", color=INK, fontsize=12)
         places = [x + (i - (len(nodes) - 1) / 2) * 1.26 for i in range(len(nodes))]
         for place, node in zip(places, nodes, strict=True):
             is_codec = node in ("encode", "decode")
             box(axes, place, y, 0.98, 0.6, CODEC if is_codec else "white", CODEC if is_codec else INK)
             axes.text(place, y, node, ha="center", va="center", color="white" if is_codec else INK, fontsize=10.5)
-        for left, right in zip(places, places[1:], strict=False):
+        for left, right in itertools.pairwise(places):
             arrow(axes, (left + 0.5, y), (right - 0.5, y))
         ends.append((places[0] - 0.5, places[-1] + 0.5))
-    for (_, start), (end, _) in zip(ends, ends[1:], strict=False):
+    for (_, start), (end, _) in itertools.pairwise(ends):
         arrow(axes, (start, y + 0.1), (end, y + 0.1), CODEC)
         arrow(axes, (end, y - 0.1), (start, y - 0.1), QUIET)
 
 
 def main() -> None:
     """Writes the picture."""
-    figure = Figure(figsize=(10, 4.3), dpi=160, facecolor="white")
+    figure = Figure(figsize=(10, 4), dpi=160, facecolor="white")
     axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     axes.set_xlim(0, 12)
-    axes.set_ylim(0, 5.16)
+    axes.set_ylim(0, 4.8)
     axes.set_axis_off()
-    draw_road(axes, 4.1)
-    draw_stages(axes, 1.75)
+    draw_road(axes, 3.75)
+    draw_stages(axes, 1.55)
     arrow(axes, (0.3, 0.3), (0.9, 0.3), CODEC)
     axes.text(1.0, 0.3, "values, encoded", va="center", color=QUIET, fontsize=11)
     arrow(axes, (3.9, 0.3), (3.3, 0.3), QUIET)

@@ -1,0 +1,335 @@
+"""The command line: what a split of a model would cost, before anything is started."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from fxsplit.analyze import analyze as analyze_costs
+from fxsplit.compressors import compressor as find_compressor
+from fxsplit.costs import CostTable
+from fxsplit.errors import FxsplitError, InputError, nearest
+from fxsplit.model_source import InputShape, load_model
+from fxsplit.opening import trace_for_planning
+from fxsplit.planning import Plan, parse_devices
+from fxsplit.planning import plan as make_plan
+from fxsplit.planning.planner import SAME
+from fxsplit.planning.units import format_bytes, format_macs
+from fxsplit.trace import trace
+
+_PLAN_PANEL, _OUTPUT_PANEL = "Plan", "Output"
+
+app = typer.Typer(
+    name="fxsplit",
+    help="Split an unmodified PyTorch model over uneven devices and slow links.",
+    epilog="Begin with: fxsplit analyze torchvision:mobilenet_v2 --input 64,3,224,224",
+    no_args_is_help=True,
+    add_completion=False,
+    # A traceback that gets through is a fault of fxsplit: it is wanted whole, as Python prints it.
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def main() -> None:
+    """Runs the command line of this process."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fxsplit {version('fxsplit')} (torch {torch.__version__})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", metavar=" ", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass  # what is here makes `analyze` a subcommand, the first of several
+
+
+_Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="A Python file with `model` or `get_model()`, torchvision:NAME, or transformers:NAME, where NAME "
+        "is a model type (roberta) or a class (RobertaForSequenceClassification). Weights are random, "
+        "nothing is downloaded.",
+    ),
+]
+_Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        "-i",
+        metavar="SIZES",
+        show_default=False,
+        help="Sizes of the inputs, batch first: 64,3,224,224. Several with ';' or by repeating the option; with a "
+        "type: long:32,128; for a keyword argument: attention_mask=long:32,128. "
+        "Without it, a file's `example_inputs` or `get_example_inputs()`, or what is usual for the model.",
+    ),
+]
+_Devices = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICES",
+        help="Device of each part, the client's first; equal ones are one worker; worker/cuda:0 is a named "
+        "worker's. They need not exist here.",
+        rich_help_panel=_PLAN_PANEL,
+    ),
+]
+_Cuts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULES",
+        show_default=False,
+        help="Modules with whose first call a new part begins, one fewer than devices: features.0.2,classifier. "
+        "Without it, those with the least predicted step time.",
+        rich_help_panel=_PLAN_PANEL,
+    ),
+]
+_Compressor = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="For what crosses a cut: sortquant8, uniform4...", rich_help_panel=_PLAN_PANEL
+    ),
+]
+_GradientCompressor = Annotated[
+    str, typer.Option(metavar="NAME", help="For the gradients that come back.", rich_help_panel=_PLAN_PANEL)
+]
+_Chunks = Annotated[
+    int, typer.Option(min=1, metavar="COUNT", help="Micro-batches of a batch.", rich_help_panel=_PLAN_PANEL)
+]
+_Training = Annotated[
+    bool, typer.Option("--train/--eval", metavar=" ", help="The mode to price.", rich_help_panel=_PLAN_PANEL)
+]
+_Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify/--no-verify",
+        metavar=" ",
+        help="Check the traced graph against the model, bit for bit.",
+        rich_help_panel=_PLAN_PANEL,
+    ),
+]
+_Json = Annotated[
+    bool, typer.Option("--json", metavar=" ", help="Print one JSON object instead.", rich_help_panel=_OUTPUT_PANEL)
+]
+_Plot = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        show_default=False,
+        help="Draw MACs and bytes along the model, with the cuts, into a .png, .svg or .pdf.",
+        rich_help_panel=_OUTPUT_PANEL,
+    ),
+]
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "fxsplit analyze torchvision:mobilenet_v2 -i 64,3,224,224 --compressor sortquant8 --plot cuts.png\n\n"
+    "fxsplit analyze torchvision:mobilenet_v2 --devices cpu,cuda,cpu --cuts features.0.2,classifier\n\n"
+    "fxsplit analyze transformers:roberta -i 32,128 --devices cpu,server/cuda:0 --json\n\n"
+    "fxsplit analyze model.py --eval"
+)
+def analyze(
+    model: _Model,
+    inputs: _Inputs = None,
+    devices: _Devices = "cpu,cuda",
+    cuts: _Cuts = None,
+    compressor: _Compressor = "none",
+    gradient_compressor: _GradientCompressor = SAME,
+    chunks: _Chunks = 1,
+    training: _Training = True,
+    verify: _Verify = True,
+    as_json: _Json = False,
+    plot: _Plot = None,
+) -> None:
+    """Show where a model would be cut, what each part computes, and what crosses each cut."""
+    with _errors_as_exit_status():
+        # What the command line itself gets wrong is said before the work, which may take a minute.
+        shapes = parse_inputs(inputs or ())
+        names = _list(cuts) if cuts and cuts.strip() else None
+        parse_devices(_list(devices))
+        find_compressor(compressor)
+        if gradient_compressor != SAME:
+            find_compressor(gradient_compressor)
+        if plot is not None:
+            from fxsplit import plots  # matplotlib takes a while to import, and only a picture needs it
+
+            plots.check_picture_path(plot)
+        # Whatever the model's own code prints, standard output is for the result alone.
+        with redirect_stdout(sys.stderr), Console(stderr=True).status(f"analyzing {model}"):
+            costs, notes = _costs_of(model, shapes, names, training, verify)
+            _check_chunks(chunks, costs.batch_size)
+            plan = make_plan(
+                costs,
+                _list(devices),
+                cuts=names,
+                compressor=compressor,
+                gradient_compressor=gradient_compressor,
+                chunks=chunks,
+            )
+            if plot is not None:
+                plots.save_picture(costs, plan, plot)
+        mode = "train" if training else "eval"
+        if as_json:
+            print(json.dumps({**summary(costs, plan), "mode": mode, "notes": notes}, indent=2))
+        else:
+            _print_plan(costs, plan, mode, notes, plot)
+
+
+def _costs_of(
+    source: str, shapes: Sequence[InputShape], cuts: Sequence[str] | None, training: bool, verify: bool
+) -> tuple[CostTable, list[str]]:
+    """What the model costs, and what the user should know of its trace and of these costs."""
+    model, example = load_model(source, shapes)
+    model.train(training)
+    if cuts is None:
+        traced = trace_for_planning(model, example, verify=verify)
+    else:
+        traced = trace(model, example, cuts=cuts, verify=verify)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        costs = analyze_costs(traced, example)
+    return costs, [*traced.notes, *dict.fromkeys(str(warning.message) for warning in caught)]
+
+
+def _check_chunks(chunks: int, samples: int) -> None:
+    if chunks > samples:
+        raise InputError(
+            "the batch has fewer samples than there are chunks",
+            found=f"{samples} samples, {chunks} chunks",
+            allowed=f"--chunks up to {samples}",
+            hint="give a larger batch with --input",
+        )
+
+
+def summary(costs: CostTable, plan: Plan) -> dict[str, Any]:
+    """The plan and the model's totals as JSON data; the names are those of a saved plan."""
+    return {
+        "model": plan.model,
+        "batch_size": plan.batch_size,
+        "macs": costs.forward_macs,
+        "parameter_bytes": costs.parameter_bytes,
+        "parts": [{**asdict(part), "modules": list(part.modules)} for part in plan.parts],
+        "cuts": [
+            {
+                "name": cut.name,
+                "stage": cut.stage,
+                "raw_bytes": cut.raw_bytes,
+                "wire_bytes": cut.wire_bytes,
+                "gradient_wire_bytes": cut.gradient_wire_bytes,
+                "compressor": cut.compressor,
+            }
+            for cut in plan.cuts
+        ],
+        "chunks": plan.chunks,
+        "predicted_step_s": plan.predicted_step_s,
+        "is_optimal": plan.is_optimal,
+    }
+
+
+def _print_plan(costs: CostTable, plan: Plan, mode: str, notes: Sequence[str], plot: Path | None) -> None:
+    console = Console(highlight=False)
+    console.print(plan if console.is_terminal else Text(str(plan)), soft_wrap=not console.is_terminal)
+    totals = (
+        f"in all {format_macs(costs.forward_macs)} MACs forward in {mode} mode, "
+        f"{format_bytes(costs.parameter_bytes)} of parameters and buffers, {len(costs)} nodes"
+    )
+    console.print(Text(totals), soft_wrap=True)
+    for note in notes:
+        console.print(Text(f"note: {note}", "yellow"), soft_wrap=True)
+    if plot is not None:
+        console.print(Text(f"picture: {plot}"), soft_wrap=True)
+
+
+@contextmanager
+def _errors_as_exit_status() -> Iterator[None]:
+    """Errors in their own words and status 1; Ctrl-C quietly, 130. A closed pipe is typer's: it ends quietly."""
+    try:
+        yield
+    except FxsplitError as error:
+        Console(stderr=True, highlight=False).print(Text(str(error), "red"), soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _list(text: str) -> list[str]:
+    return [entry.strip() for entry in text.split(",")]
+
+
+_DTYPES = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "long": torch.int64,
+    "int": torch.int32,
+    "bool": torch.bool,
+}
+_INPUT = re.compile(r"(?:(?P<name>[^\W\d]\w*)=)?(?:(?P<dtype>[^:=,]*):)?(?P<sizes>[^:=]*)")
+
+
+def parse_inputs(texts: Sequence[str]) -> tuple[InputShape, ...]:
+    """Input shapes as they are written on the command line: '64,3,224,224', 'long:2,8;long:2,8', 'mask=bool:2,8'.
+
+    Raises:
+        InputError: one is malformed, empty, or names an unknown type or the same argument twice.
+
+    >>> parse_inputs(["2,8; mask=bool:2,8"])[1]
+    InputShape(shape=(2, 8), dtype=torch.bool, name='mask')
+    """
+    shapes = tuple(_parse_input(entry.strip()) for text in texts for entry in text.split(";"))
+    names = [shape.name for shape in shapes if shape.name is not None]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError("an input is given twice", where="--input", found=twice[0], allowed="each name once")
+    return shapes
+
+
+def _parse_input(text: str) -> InputShape:
+    match = _INPUT.fullmatch(text)
+    sizes = match["sizes"].replace(" ", "").split(",") if match is not None else []
+    if match is None or not all(re.fullmatch("[0-9]{1,18}", size) for size in sizes):
+        raise InputError(
+            "an input is not written as sizes",
+            where="--input",
+            found=repr(text),
+            allowed="whole numbers with commas, with a type or a name before them: NAME=TYPE:64,3,224,224",
+            hint="64,3,224,224, or long:32,128, or attention_mask=long:32,128",
+        )
+    dtype = match["dtype"]
+    if dtype is not None and dtype not in _DTYPES:
+        raise InputError(
+            "an input has an unknown type",
+            where="--input",
+            found=repr(dtype),
+            allowed=", ".join(_DTYPES),
+            hint=f"nearest: {nearest(dtype, _DTYPES)}",
+        )
+    shape = tuple(int(size) for size in sizes)
+    if 0 in shape:
+        raise InputError("an input is empty", where="--input", found=repr(text), allowed="sizes of at least 1")
+    return InputShape(shape, _DTYPES[dtype] if dtype else None, match["name"])

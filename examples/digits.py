@@ -185,7 +185,7 @@ def table(plain: Run, compressed: Run) -> Table:
         result.add_column(run.name, justify="right", no_wrap=True)
     for name, *cells in zip(ROWS, measures(plain), measures(compressed), strict=True):
         result.add_row(name, *cells)
-    result.caption = "mean of the last epoch; compute, encode and decode\nare added up over both processes"
+    result.caption = "means of the last epoch; compute, encode and\ndecode are summed over both processes"
     return result
 
 
@@ -213,8 +213,7 @@ def plot(plain: Run, compressed: Run, path: Path) -> None:
             epochs = range(1, len(values) + 1)
             axes.plot(epochs, values, color=colour, linestyle=style, marker="o", markersize=4, label=label)
     left.set_ylim(0, 103)
-    right.set_yscale("log")
-    right.yaxis.set_major_formatter("{x:g}")
+    right.set_ylim(bottom=0)
     decorate(left, "Test accuracy in %")
     decorate(right, "Training loss")
     figure.suptitle("MobileNetV2 on digits, split over two processes", x=0.01, ha="left", weight="bold")

@@ -192,7 +192,9 @@ def _parameter_bytes(module: GraphModule, nodes: Sequence[Node]) -> dict[Node, i
             called = module.get_submodule(str(node.target))
             tensors += [*called.parameters(), *called.buffers()]
         used = [get_attribute(module, str(i.target)) for i in node.all_input_nodes if i.op == "get_attr"]
-        tensors += [value for value in used if isinstance(value, Tensor)]
+        for value in used:
+            tensors += [value] if isinstance(value, Tensor) else []
+            tensors += [*value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else []
         costs[node] = sum(t.nbytes for t in tensors if id(t) not in seen)
         seen.update(id(t) for t in tensors)
     return costs

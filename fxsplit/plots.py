@@ -20,10 +20,11 @@ from fxsplit.planning import Plan
 from fxsplit.planning.units import format_bytes, format_macs, format_seconds
 
 _COLORS = ("#3b6fb6", "#2e9e6b", "#c9812a", "#8a5fb0", "#b84a5a", "#4a8f9e", "#7d7d3c", "#6b6b6b")
-_INK, _FAINT, _CUT = "#2b2b2b", "#8a8a8a", "#c0392b"
+_INK, _CUT = "#2b2b2b", "#c0392b"
 _SHADE = 0.09
 _HEIGHT = 6.6
-_INCHES_PER_LABEL, _INCHES_PER_LETTER = 0.2, 0.078
+_INCHES_PER_LETTER = 0.078
+_INCHES_PER_LABEL, _INCHES_PER_LABEL_LETTER = 0.2, 0.065  # of the modules' names along the axis
 _BOX, _BEND = 0.6, 0.3  # of the header's height: the lower edge of the boxes, and where the cuts' lines turn
 _MARGINS = {"left": 0.075, "right": 0.985, "top": 0.93, "hspace": 0.09}
 
@@ -96,9 +97,10 @@ def draw(costs: CostTable, plan: Plan) -> Figure:
     _draw_crossing(crossing, costs, plan, bounds)
     _draw_header(header, plan, colors, bounds, width)
     header.set_xlim(0, len(costs))
-    longest = _label_modules(crossing, costs, int(width / _INCHES_PER_LABEL))
-    # Labels stand at 45 degrees: 0.7 of their length is below the axis; 0.065 inches is a letter.
-    figure.subplots_adjust(bottom=(0.25 + 0.7 * 0.065 * longest) / _HEIGHT, **_MARGINS)
+    longest = _label_modules(crossing, costs, width)
+    # Labels stand at 45 degrees: 0.7 of their length is below the axis.
+    bottom = (0.25 + 0.7 * _INCHES_PER_LABEL_LETTER * longest) / _HEIGHT
+    figure.subplots_adjust(bottom=bottom, **_MARGINS)
     # The header has no gap to the panel below, so that its lines meet the cuts.
     top, below = header.get_position(), macs.get_position()
     header.set_position((top.x0, below.y1, top.width, top.y1 - below.y1))
@@ -146,7 +148,8 @@ def _draw_crossing(axes: Axes, costs: CostTable, plan: Plan, bounds: Sequence[in
     axes.stairs(heights, edges, color=_INK, linewidth=1.3, baseline=None, zorder=3)
     sent = [cut.wire_bytes for cut in plan.cuts if cut.wire_bytes]
     low, high = min([floor, *sent]), max([*heights, *sent])
-    axes.set_ylim(10 ** (math.log10(low) - 0.35), 10 ** (math.log10(high) + 0.35))
+    top = math.log10(high) + 0.35
+    axes.set_ylim(10 ** min(math.log10(low) - 0.35, top - 1.1), 10**top)  # a decade at least has a label
     for position, cut in zip(bounds[1:-1], plan.cuts, strict=True):
         if not cut.wire_bytes:
             continue
@@ -223,8 +226,9 @@ def _fit(text: str, letters: int) -> str:
     return f"{text[: letters - 1 - tail]}…{text[len(text) - tail :]}"
 
 
-def _label_modules(axes: Axes, costs: CostTable, most: int) -> int:
+def _label_modules(axes: Axes, costs: CostTable, width: float) -> int:
     """Names modules along the axis, as deep as there is room for; returns the length of the longest name."""
+    most = int(width / _INCHES_PER_LABEL)
     names = [node.module or node.name for node in costs.nodes]
     depth = max((name.count(".") for name in names), default=0)
     while depth and (len(groups := _groups(names, depth)) > most or _is_ragged(groups)):
@@ -236,7 +240,10 @@ def _label_modules(axes: Axes, costs: CostTable, most: int) -> int:
     for name, start, end in groups[::every]:
         middle = (start + end) / 2
         if not shown or middle - shown[-1][0] >= apart:
-            shown.append((middle, _fit(name, 32)))
+            # The name goes to the left and down from here, and ends where the picture does.
+            room = 0.9 * _MARGINS["left"] / (_MARGINS["right"] - _MARGINS["left"]) + middle / len(names)
+            letters = int(room * width / (0.7 * _INCHES_PER_LABEL_LETTER))
+            shown.append((middle, _fit(name, min(32, letters))))
     axes.set_xticks([middle for middle, _ in shown])
     axes.set_xticklabels(
         [name for _, name in shown], rotation=45, ha="right", rotation_mode="anchor", fontsize=7.5

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_all
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from fxsplit.runtime.worker import Failure, Worker
 from fxsplit.schedules import Action, schedule
 from fxsplit.split import Boundary, SplitModel
 from fxsplit.stage import CLIENT, Edge
+from fxsplit.trace.replay import Surroundings
 
 _ABORT_WAIT_S = 5.0
 _LOSS_WAIT_S = 1.0
@@ -286,7 +287,7 @@ class _Phase:
         self._engine = engine
         self._run = run
         self._backward = backward
-        self._arguments = (run.training, grad)
+        self._arguments = (run.training, replace(Surroundings.current(), grad=grad))
         self._futures: dict[str, Future[Any]] = {}
 
     def __enter__(self) -> _Phase:

@@ -13,6 +13,8 @@ from fxsplit.runtime.packet import Key, Packet
 
 CommandHandler = Callable[[str, tuple[Any, ...]], "Future[Any]"]
 
+_REMEMBERED_RUNS = 256  # packets of a run that was given up may still be under way for a while
+
 CLIENT_NAME = "client"
 """The worker that calls the pipeline."""
 
@@ -50,6 +52,8 @@ class Mailbox:
         """Whoever waits for a packet of this run gets an error at once."""
         with self._lock:
             self._aborted[run] = reason
+            while len(self._aborted) > _REMEMBERED_RUNS:
+                del self._aborted[next(iter(self._aborted))]
             waiting = [self._slots.pop(key) for key in list(self._slots) if key.run == run]
         for slot in waiting:
             if not slot.done():

@@ -19,6 +19,7 @@ from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.schedules import Action
 from fxsplit.stage import CLIENT, Edge, StageModule
+from fxsplit.trace.replay import Surroundings
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ class Worker:
             module.to(self._devices[number])
         self._parameters.hold(self._stages, canonical)
 
-    def run(self, run: int, actions: Sequence[Action], training: bool, grad: bool) -> RunReport:
-        """Does the forwards, or the backwards, of one step."""
+    def run(self, run: int, actions: Sequence[Action], training: bool, surroundings: Surroundings) -> RunReport:
+        """Does the forwards, or the backwards, of one step, in the caller's gradient mode and autocast."""
         report = RunReport(self._endpoint.name)
         context = self._runs.setdefault(run, _Run(training))
         for action in actions:
@@ -132,7 +133,7 @@ class Worker:
             if action.backward:
                 self._backward(run, action, context, report)
             else:
-                self._forward(run, action, context, grad, report)
+                self._forward(run, action, context, surroundings, report)
         if not context.saved:
             del self._runs[run]
         self._place = ""
@@ -153,7 +154,10 @@ class Worker:
 
     # ------------------------------------------------------------------ actions
 
-    def _forward(self, run: int, action: Action, context: _Run, grad: bool, report: RunReport) -> None:
+    def _forward(
+        self, run: int, action: Action, context: _Run, surroundings: Surroundings, report: RunReport
+    ) -> None:
+        grad = surroundings.grad
         module, device = self._stages[action.stage], self._devices[action.stage]
         if module.training != context.training:
             module.train(context.training)
@@ -168,7 +172,7 @@ class Worker:
                 taps[edge] = GradientTap(value)
                 value = taps[edge].tensor
             inputs.append(value)
-        with report.timing("compute_s"), torch.set_grad_enabled(grad):
+        with report.timing("compute_s"), surroundings.active():
             values = dict(zip(ports.outputs, module(*inputs), strict=True))
         del inputs
         for edge in ports.edges:

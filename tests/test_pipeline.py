@@ -100,7 +100,9 @@ def test_roberta_trains_as_one_process(transport: str, devices: list[str]) -> No
         for step in range(5):
             batch = tokens(6, length=8 + step)
             losses = [loss_of(run(**batch), labels) for run in (pipe, reference)]
-            assert torch.equal(losses[0], losses[1]) if step == 0 else torch.allclose(losses[0], losses[1], rtol=1e-5)
+            assert (
+                torch.equal(losses[0], losses[1]) if step == 0 else torch.allclose(losses[0], losses[1], rtol=1e-5)
+            )
             for loss in losses:
                 loss.backward()
             norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), 0.1) for module in (pipe, reference)]
@@ -191,6 +193,22 @@ def test_transformers_over_three_workers(name: str) -> None:
         assert_same_state(pipe, reference)
 
 
+@pytest.mark.parametrize("chunks", [3, 4, 10])
+def test_an_uneven_batch_has_the_unsplit_models_loss_and_gradients(chunks: int) -> None:
+    """Ten samples; no batch norm, so the whole batch is the reference: equal but for the order of sums."""
+    model, batch, labels = transformer("roberta"), tokens(10), torch.arange(10) % 2
+    reference = copy.deepcopy(model)
+    with fxsplit.compile(model, SANDWICH, cuts=ROBERTA[3], chunks=chunks, transport="in_process") as pipe:
+        found, expected = loss_of(pipe(**batch), labels), loss_of(reference(**batch), labels)
+        assert torch.allclose(found, expected, rtol=1e-6)
+        found.backward()
+        expected.backward()
+        gradients = pipe.gradients()
+        for name, parameter in reference.named_parameters():
+            if parameter.grad is not None:
+                assert torch.allclose(gradients[name], parameter.grad, rtol=1e-4, atol=1e-7), name
+
+
 def test_a_loss_inside_the_model_is_averaged_over_the_chunks() -> None:
     model = transformer("bert").eval()
     batch = {**tokens(6), "labels": tokens(6)["input_ids"]}
@@ -255,6 +273,34 @@ def test_measured_bytes_are_what_wire_says() -> None:
         assert 2 * code4.wire_bytes(cut1) < 0.13 * 2 * cut1.nbytes, "four bits are four bits"
         assert pipe.metrics.calls == 1 and pipe.metrics.samples == 8
         assert pipe.plan.cuts[0].raw_bytes == 2 * cut1.nbytes
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_autocast_around_the_call_holds_on_every_worker(transport: str) -> None:
+    model, batch = transformer("roberta"), tokens(4)
+    reference = copy.deepcopy(model)
+    with fxsplit.compile(model, SANDWICH, cuts=ROBERTA[3], transport=transport, example_inputs=batch) as pipe:
+        with torch.autocast("cpu", torch.bfloat16):
+            output, expected = pipe(**batch).logits, reference(**batch).logits
+        assert output.dtype is expected.dtype is torch.bfloat16
+        assert torch.equal(output, expected)
+        output.float().sum().backward()
+        expected.float().sum().backward()
+        assert_same_gradients(pipe, reference)
+        with torch.inference_mode():
+            assert torch.equal(pipe(**batch).logits, reference(**batch).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(dtype: torch.dtype) -> None:
+    model, batch = transformer("roberta").to(dtype), tokens(4)
+    reference = copy.deepcopy(model)
+    with fxsplit.compile(model, SANDWICH, cuts=ROBERTA[3], transport="in_process", example_inputs=batch) as pipe:
+        output, expected = pipe(**batch).logits, reference(**batch).logits
+        assert output.dtype is dtype and torch.equal(output, expected)
+        output.float().sum().backward()
+        expected.float().sum().backward()
+        assert_same_gradients(pipe, reference)
 
 
 def test_state_dict_goes_round() -> None:

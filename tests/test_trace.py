@@ -181,7 +181,7 @@ class Double(torch.autograd.Function):
 
 
 class WithFunction(nn.Module):
-    """A user's autograd function and a no_grad region at the top level."""
+    """A user's autograd function, no_grad regions and autocast at the top level."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,6 +192,8 @@ class WithFunction(nn.Module):
         y = Double.apply(self.first(x))
         with torch.no_grad():
             scale = self.first(x).abs().mean(dim=1, keepdim=True).sqrt()
+        with torch.autocast("cpu", torch.bfloat16):
+            scale = scale + torch.matmul(x, x.T).mean()
         return self.second(y * scale)  # type: ignore[no-any-return]
 
 

@@ -91,7 +91,7 @@ class Recorder(TorchFunctionMode):
         self._attribute_nodes: dict[str, Node] = {}
         self._stack: list[str] = []
         self._entered: list[str] = []
-        self._grad_enabled = True
+        self._surroundings = replay.Surroundings.current()
 
     # ------------------------------------------------------------------ writing nodes
 
@@ -221,7 +221,7 @@ class Recorder(TorchFunctionMode):
 
     def start(self) -> None:
         """From here on, what runs is recorded."""
-        self._grad_enabled = torch.is_grad_enabled()
+        self._surroundings = replay.Surroundings.current()
         self.recording = True
 
     def call_leaf(
@@ -237,10 +237,21 @@ class Recorder(TorchFunctionMode):
         graph_kwargs = {name: self.argument(value) for name, value in kwargs.items()}
         with self.paused():
             value = function(*(plain(a) for a in args), **{k: plain(v) for k, v in kwargs.items()})
-        if not torch.is_grad_enabled() and self._grad_enabled and op == "call_function":
-            target, graph_args = replay.call_without_grad, (self._constant(target), *graph_args)
-        self.remember_output(value, self.emit(op, target, graph_args, graph_kwargs))
+        self.remember_output(value, self._emit_call(op, target, graph_args, graph_kwargs))
         return value
+
+    def _emit_call(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        """A call as it is, or in the surroundings that the model has made for it."""
+        surroundings = replay.Surroundings.current()
+        if surroundings == self._surroundings:
+            return self.emit(op, target, args, kwargs)
+        if op == "call_module":
+            called: tuple[Any, ...] = (self.emit("get_attr", target),)
+        elif op == "call_method":
+            called = (self._constant(replay.call_method), target)
+        else:
+            called = (self._constant(target),)
+        return self.emit("call_function", replay.call_in, (self._constant(surroundings), *called, *args), kwargs)
 
     def call_module(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module is called: opened, or recorded as one node."""
@@ -290,14 +301,8 @@ class Recorder(TorchFunctionMode):
         graph_args = tuple(self.argument(a) for a in args)
         graph_kwargs = {key: self.argument(v) for key, v in kwargs.items()}
         is_method = isinstance(func, _METHOD_TYPES) or getattr(Tensor, name, None) is func
-        if self._grad_enabled and not torch.is_grad_enabled():
-            prefix = (self._constant(replay.call_method), name) if is_method else (self._constant(func),)
-            node = self.emit("call_function", replay.call_without_grad, (*prefix, *graph_args), graph_kwargs)
-        elif is_method:
-            node = self.emit("call_method", name, graph_args, graph_kwargs)
-        else:
-            node = self.emit("call_function", func, graph_args, graph_kwargs)
-        self.remember_output(value, node)
+        op, target = ("call_method", name) if is_method else ("call_function", func)
+        self.remember_output(value, self._emit_call(op, target, graph_args, graph_kwargs))
 
     def _property(self, getter: Any, tensor: Tensor, value: Any) -> Any:
         if isinstance(value, torch.Size):

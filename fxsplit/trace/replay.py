@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+_DEVICE_TYPES = ("cpu", "cuda")
 
-def call_without_grad(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls a function under `torch.no_grad`: the model did so itself where this was recorded."""
-    with torch.no_grad():
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Gradient mode and autocast: what a model may switch for part of its forward, and a caller for all of it.
+
+    Attributes:
+        grad: whether gradients are recorded.
+        autocast: (device type, dtype) for each type that is cast.
+    """
+
+    grad: bool
+    autocast: tuple[tuple[str, torch.dtype], ...]
+
+    @classmethod
+    def current(cls) -> Surroundings:
+        """Those of the calling thread."""
+        types = [t for t in _DEVICE_TYPES if torch.is_autocast_enabled(t)]
+        return cls(torch.is_grad_enabled(), tuple((t, torch.get_autocast_dtype(t)) for t in types))
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Runs what is inside in these surroundings."""
+        wanted = dict(self.autocast)
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            for kind in _DEVICE_TYPES:
+                if kind in wanted or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, wanted.get(kind), enabled=kind in wanted))
+            yield
+
+
+def call_in(surroundings: Surroundings, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a function or module as the model did: within `torch.no_grad`, or with autocast switched."""
+    grad = surroundings.grad and torch.is_grad_enabled()  # a caller's no_grad holds inside, too
+    with Surroundings(grad, surroundings.autocast).active():
         return function(*args, **kwargs)
 
 
@@ -20,7 +55,7 @@ def apply_autograd_function(function: type[torch.autograd.Function], *args: Any)
 
 
 def call_method(name: str, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls a method by name, for methods recorded inside another call."""
+    """Calls a method by name."""
     return getattr(tensor, name)(*args, **kwargs)
 
 

@@ -55,6 +55,7 @@ ROWS = (
     "total time",
 )
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
 
@@ -249,6 +250,7 @@ def misses(plain: Run, compressed: Run, min_accuracy: float, max_difference: flo
     return found
 
 
+@app.command()
 def main(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of each run.")] = 8,
     compressor: Annotated[str, typer.Option(help="Compressor of the second run.")] = "sortquant8",
@@ -264,7 +266,14 @@ def main(
 ) -> None:
     """Train MobileNetV2 on digits over two processes, uncompressed and compressed; compare the two."""
     torch.set_num_threads(1)  # the worker takes this over; operations this small do not gain from more
+    try:
+        fxsplit.compressor(compressor)
+    except fxsplit.FxsplitError as error:
+        raise typer.BadParameter(str(error), param_hint="--compressor") from error
     data = load_data(image_size, samples, seed)
+    if not chunks <= batch_size <= len(data[0].labels):
+        allowed = f"{chunks} (the chunks) to {len(data[0].labels)} (the training samples)"
+        raise typer.BadParameter(f"{batch_size}, where {allowed} are allowed", param_hint="--batch-size")
     settings = Settings(epochs, chunks, batch_size, seed)
     columns = (
         TextColumn("{task.description}"),
@@ -287,4 +296,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

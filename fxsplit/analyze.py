@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from fxsplit.costs import CostTable, NodeCost, Value
+from fxsplit.errors import InputError
 from fxsplit.module_tree import get_attribute
 from fxsplit.spec import TensorSpec
-from fxsplit.trace import Arguments, CallLayout, ExampleInputs, TracedModel
+from fxsplit.trace import Arguments, CallLayout, ExampleInputs, TracedModel, run_model
 from fxsplit.trace.activations import is_activation
 from fxsplit.trace.call import batch_size
 from fxsplit.trace.traced import mode_name, output_of
@@ -117,7 +118,15 @@ def analyze(traced: TracedModel, example_inputs: ExampleInputs) -> CostTable:
     try:
         pricer, uncounted = _price(traced.model, module, leaves, training, fake=True)
     except Exception:  # fake tensors stop at whatever depends on data, in many ways; the real run is the judge
-        pricer, uncounted = _price(traced.model, module, leaves, training, fake=False)
+        try:
+            pricer, uncounted = _price(traced.model, module, leaves, training, fake=False)
+        except Exception as error:
+            raise InputError(
+                f"the model raised {type(error).__name__} on the batch to be priced, in {mode_name(training)} mode",
+                where=f"{type(traced.model).__name__}, batch of {batch_size(leaves)}",
+                found=str(error).partition("\n")[0],
+                hint="give inputs of a batch that the model takes in this mode, or set the other mode",
+            ) from error
     if uncounted:
         warnings.warn(
             f"no MAC formula for {', '.join(uncounted)}: counted as zero in {type(traced.model).__name__} "
@@ -216,7 +225,7 @@ def module_macs(model: nn.Module, call: CallLayout, leaves: Sequence[Any]) -> di
     """Forward MACs of every module of a model, by one run of the model itself."""
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     with undisturbed(model, model.training), torch.no_grad(), counter:
-        call.call(model, leaves)
+        run_model(model, call, leaves)
     root = type(model).__name__
     counts = counter.get_flop_counts()
     return {

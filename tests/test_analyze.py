@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 import fxsplit
 from fxsplit.costs import CostTable
+from fxsplit.errors import FxsplitError, InputError
+from fxsplit.opening import trace_for_planning
+from fxsplit.trace import Arguments
 from tests.models import TINY, images, inputs_of, mobilenet, tokens, transformer
 
 
@@ -108,3 +111,12 @@ def test_a_plan_knows_its_model() -> None:
     assert first.fingerprint == second.fingerprint
     other = fxsplit.analyze(fxsplit.trace(mobilenet(), images(2), cuts=["features.1"]), images(2))
     assert other.fingerprint != first.fingerprint
+
+
+def test_batches_that_the_model_does_not_take() -> None:
+    traced = fxsplit.trace(mobilenet(), images(4), cuts=["features.3"])
+    with pytest.raises(InputError, match="more than 1 value per channel"):
+        fxsplit.analyze(traced, images(1))
+    for x, message in ((torch.rand(2, 1, 32, 32), "RuntimeError"), (torch.rand(0, 3, 32, 32), "empty")):
+        with pytest.raises(FxsplitError, match=message):
+            trace_for_planning(mobilenet(), Arguments.of(x))

@@ -35,6 +35,7 @@ __all__ = [
     "ancestors",
     "check_module",
     "check_names",
+    "run_model",
     "trace",
     "two_samples",
 ]
@@ -119,7 +120,7 @@ def _trace_mode(
         watch_model(recorder, model),
     ):
         recorder.start()
-        output = _run(model, call, leaves)
+        output = run_model(model, call, leaves)
         output_leaves, structure = pytree.tree_flatten(output)
         recorder.output(output_leaves)
         recorder.recording = False
@@ -139,7 +140,12 @@ def _trace_mode(
     )
 
 
-def _run(model: nn.Module, call: CallLayout, leaves: Sequence[Any]) -> Any:
+def run_model(model: nn.Module, call: CallLayout, leaves: Sequence[Any]) -> Any:
+    """Runs the model itself on these leaves.
+
+    Raises:
+        TraceError: names the line of the model's own source at which it failed.
+    """
     try:
         return call.call(model, leaves)
     except FxsplitError:

@@ -1,0 +1,274 @@
+"""Examines one case: compiles the model with fxsplit and compares it with the model itself."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fxsplit
+from fxsplit.errors import FxsplitError, PlanError, WorkerError
+
+from .cases import Batch, Call, Case
+from .compare import (
+    Mismatch,
+    loss_of,
+    require_same_gradients,
+    require_same_keys,
+    require_same_outputs,
+    require_same_state,
+    require_same_structure,
+    without_caches,
+)
+
+CRITERIA = {
+    "E": "outputs in evaluation mode",
+    "T": "outputs and buffers in training mode, dropout seeded",
+    "G": "gradients of all parameters",
+    "B": "batches of 2, 6 and 1 after one of 4",
+    "S": ".train() and .eval() after compiling, both ways",
+    "K": "keys of the state_dict and their order",
+    "O": "type and structure of the output",
+    "M": "compiled with padding and run without, and the reverse",
+    "L": "another sequence length",
+    "N": "three and four stages, cut where fxsplit chooses",
+}
+
+SAMPLES = 4
+OTHER_SAMPLES = (2, 6, 1)
+SEED = 7
+
+
+class Outcome(StrEnum):
+    """What a criterion came to."""
+
+    EXACT = "exact"
+    ABSENT = "absent"  # does not apply to this model
+    REFUSED = "refused"  # fxsplit said no, with an error of its own
+    CRASHED = "crashed"  # some other error, or no answer in time
+    WRONG = "wrong"  # other numbers, keys or structure, and no error
+
+    @property
+    def badness(self) -> int:
+        """Higher is worse."""
+        return list(Outcome).index(self)
+
+
+@dataclass
+class Row:
+    """What became of one case.
+
+    Attributes:
+        name: the case's.
+        family: the case's.
+        outcomes: criterion -> what it came to.
+        failures: criterion -> the error, for those that failed.
+        gradients_exact: whether all gradients were equal bit for bit.
+        seconds: how long it took.
+    """
+
+    name: str
+    family: str
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    tracebacks: dict[str, str] = field(default_factory=dict)
+    gradients_exact: bool = False
+    seconds: float = 0.0
+
+    def note(self, letter: str, outcome: Outcome, error: BaseException | None = None) -> None:
+        """Keeps the worst outcome of a criterion."""
+        before = self.outcomes.get(letter)
+        if before is not None and before.badness >= outcome.badness:
+            return
+        self.outcomes[letter] = outcome
+        if error is not None:
+            self.failures[letter] = first_lines(error)
+            self.tracebacks[letter] = "".join(traceback.format_exception(error))
+
+    @property
+    def passed(self) -> bool:
+        """Whether every criterion that applies is exact."""
+        return all(self.outcomes.get(c) in (Outcome.EXACT, Outcome.ABSENT) for c in CRITERIA)
+
+
+def first_lines(error: BaseException) -> str:
+    """An error in one line: its kind, its first line and, of fxsplit's own, where and what."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if isinstance(error, FxsplitError):
+        lines = [lines[0], *(line for line in lines[1:] if line.startswith(("where:", "found:")))]
+    else:
+        lines = lines[:1]
+    return f"{type(error).__name__}: {'; '.join(lines)}"[:400]
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """Whether an error is a wrong result, a refusal, or a crash."""
+    if isinstance(error, Mismatch):
+        return Outcome.WRONG
+    refused = isinstance(error, FxsplitError) and not isinstance(error, WorkerError)
+    return Outcome.REFUSED if refused else Outcome.CRASHED
+
+
+class Examination:
+    """One case under examination.
+
+    Args:
+        case: the case.
+        report: called with the row after every part of the examination, so that a crash loses little.
+    """
+
+    def __init__(self, case: Case, report: Callable[[Row], None] = lambda row: None) -> None:
+        self.row = Row(case.name, case.family)
+        self._case = case
+        self._report = report
+        torch.manual_seed(0)
+        self._model = case.build()
+        self._reference = without_caches(copy.deepcopy(self._model))
+
+    def run(self) -> Row:
+        """Examines everything."""
+        for part in (self._evaluation, self._training, self._masks, self._stages):
+            part()
+            self._report(self.row)
+        return self.row
+
+    # ------------------------------------------------------------------ parts
+
+    def _evaluation(self) -> None:
+        """Compiled in evaluation mode."""
+        with self._compiled("EBSKOLM", training=False) as pipe:
+            self._check("E", lambda: self._compare(pipe, self._call()))
+            for samples in OTHER_SAMPLES:
+                self._check("B", lambda samples=samples: self._compare(pipe, self._call(samples)))  # type: ignore[misc]
+            self._check("K", lambda: require_same_keys(pipe.state_dict(), self._model.state_dict()))
+            self._check("O", lambda: self._compare_structure(pipe))
+            if self._case.other_length is None:
+                self.row.note("L", Outcome.ABSENT)
+            else:
+                other = self._case.inputs(Batch(SAMPLES, length=self._case.other_length))
+                self._check("L", lambda: self._compare(pipe, other))
+            if (full := without_padding(self._call())) is None:
+                self.row.note("M", Outcome.ABSENT)
+            else:
+                self._check("M", lambda: self._compare(pipe, full))
+            self._check("S", lambda: self._compare(pipe.train(), self._call(training=True), training=True))
+
+    def _training(self) -> None:
+        """Compiled in training mode: one step forth and back, then evaluation."""
+        with self._compiled("TGS", training=True) as pipe:
+            self._check("T", lambda: self._compare_step(pipe))
+            self._check("S", lambda: self._compare(pipe.eval(), self._call()))
+
+    def _masks(self) -> None:
+        """Compiled without padding, run with it."""
+        full = without_padding(self._call())
+        if full is not None:
+            with self._compiled("M", training=False, example=full) as pipe:
+                self._check("M", lambda: self._compare(pipe, full))
+                self._check("M", lambda: self._compare(pipe, self._call()))
+
+    def _stages(self) -> None:
+        """Over more stages, in training mode: outputs, and evaluation at another batch size."""
+        for stages in (3, 4):
+            devices = ["cpu", *(f"worker{i}/cpu" for i in range(1, stages))]
+            with self._compiled("N", training=True, cuts=None, devices=devices) as pipe:
+                self._check("N", lambda: self._compare(pipe, self._call(training=True), training=True))
+                self._check("N", lambda: self._compare(pipe.eval(), self._call(OTHER_SAMPLES[0])))
+
+    # ------------------------------------------------------------------ steps
+
+    @contextmanager
+    def _compiled(
+        self,
+        letters: str,
+        training: bool,
+        cuts: list[str] | None | str = "case",
+        devices: list[str] | None = None,
+        example: Call | None = None,
+    ) -> Iterator[Any]:
+        """A pipeline that has seen its first batch; if it cannot be had, the criteria `letters` fail."""
+        self._model.train(training)
+        self._reference.load_state_dict(self._model.state_dict())
+        example = example or self._call(training=training)
+        try:
+            pipe = fxsplit.compile(
+                self._model,
+                devices or ["cpu", "server/cpu"],
+                cuts=[self._case.cut] if cuts == "case" else cuts,
+                transport="in_process",
+                example_inputs=example.kwargs or example.args,
+            )
+        except Exception as error:
+            fits = not (isinstance(error, PlanError) and "fewer places to cut" in str(error))
+            for letter in letters:
+                self.row.note(letter, outcome_of(error) if fits else Outcome.ABSENT, error if fits else None)
+            yield None
+            return
+        with pipe:
+            yield pipe
+
+    def _check(self, letter: str, step: Callable[[], None]) -> None:
+        if self.row.outcomes.get(letter) in (Outcome.REFUSED, Outcome.CRASHED, Outcome.WRONG):
+            return
+        try:
+            step()
+        except Exception as error:
+            self.row.note(letter, outcome_of(error), error)
+        else:
+            self.row.note(letter, Outcome.EXACT)
+
+    def _call(self, samples: int = SAMPLES, training: bool = False) -> Call:
+        return self._case.inputs(Batch(samples, training))
+
+    def _compare(self, pipe: Any, call: Call, training: bool = False) -> None:
+        self._reference.train(training)
+        with torch.no_grad():
+            require_same_outputs(seeded(pipe, call), seeded(self._reference, call))
+
+    def _compare_structure(self, pipe: Any) -> None:
+        """Against the model as it is, with its caches on."""
+        call = self._call()
+        with torch.no_grad():
+            require_same_structure(seeded(pipe, call), seeded(self._model, call))
+
+    def _compare_step(self, pipe: Any) -> None:
+        call = self._call(training=True)
+        self._reference.train()
+        self._reference.zero_grad(set_to_none=True)
+        found, expected = seeded(pipe, call), seeded(self._reference, call)
+        require_same_outputs(found, expected)
+        require_same_state(pipe.state_dict(), self._reference.state_dict())
+        self._check("G", lambda: self._compare_gradients(pipe, found, expected))
+
+    def _compare_gradients(self, pipe: Any, found: Any, expected: Any) -> None:
+        for output in (found, expected):
+            loss_of(output).backward()
+        self.row.gradients_exact = require_same_gradients(pipe.gradients(), gradients_of(self._reference))
+
+
+def seeded(model: Any, call: Call) -> Any:
+    """The output with the random numbers that every run begins with."""
+    torch.manual_seed(SEED)
+    return model(*call.args, **call.kwargs)
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients that the parameters of a model have, by name."""
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def without_padding(call: Call) -> Call | None:
+    """The same call with padding masks of ones; None if it has no padding mask."""
+    masks = {
+        name: torch.ones_like(value)
+        for name, value in call.kwargs.items()
+        if name.endswith("attention_mask") and isinstance(value, Tensor)
+    }
+    return replace(call, kwargs={**call.kwargs, **masks}) if masks else None

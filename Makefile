@@ -28,7 +28,7 @@ gpu-test: $(STAMP) ## run the tests that need a GPU
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy fxsplit tests examples docs/images
+	$(BIN)/mypy fxsplit tests examples benchmarks docs/images
 
 clean: ## remove .venv and everything that was made
 	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -23,6 +23,7 @@ from fxsplit.spec import TensorSpec
 from fxsplit.trace import Arguments, CallLayout, ExampleInputs, TracedModel, run_model
 from fxsplit.trace.activations import is_activation
 from fxsplit.trace.call import batch_size
+from fxsplit.trace.replay import check
 from fxsplit.trace.traced import mode_name, output_of
 from fxsplit.trace.verify import undisturbed
 
@@ -88,6 +89,10 @@ class _Pricer(Interpreter):
         self.results: dict[Node, Any] = {}
 
     def run_node(self, n: Node) -> Any:
+        """Runs and prices a node; guards are left out, since the values that they look at are fake."""
+        if n.target is check or (n.users and all(user.target is check for user in n.users)):
+            self.macs[n], self.results[n] = 0, None
+            return None
         before = self._counter.get_total_flops()
         result = super().run_node(n)
         self.macs[n] = (self._counter.get_total_flops() - before) // 2
@@ -122,7 +127,7 @@ def analyze(traced: TracedModel, example_inputs: ExampleInputs) -> CostTable:
             pricer, uncounted = _price(traced.model, module, leaves, training, fake=False)
         except Exception as error:
             raise InputError(
-                f"the model raised {type(error).__name__} on the batch to be priced, in {mode_name(training)} mode",
+                f"the model raised {type(error).__name__} on the batch to price, in {mode_name(training)} mode",
                 where=f"{type(traced.model).__name__}, batch of {batch_size(leaves)}",
                 found=str(error).partition("\n")[0],
                 hint="give inputs of a batch that the model takes in this mode, or set the other mode",

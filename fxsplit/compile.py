@@ -21,7 +21,6 @@ from fxsplit.planning.planner import SAME
 from fxsplit.runtime.pipeline import Built, Pipeline
 from fxsplit.runtime.transports import transport as find_transport
 from fxsplit.schedules import schedule as find_schedule
-from fxsplit.split import split
 from fxsplit.trace import ExampleInputs, check_module, check_names, trace
 from fxsplit.trace.call import Arguments
 
@@ -79,8 +78,11 @@ def compile(
     find_schedule(schedule)
     check_names(model, cuts or ())
 
-    def build(example: Arguments) -> Built:
-        example = _on_model(model, example, placements[0].device)
+    def build(arguments: Arguments, first: Plan | None) -> Built:
+        example = _on_model(model, arguments, placements[0].device)
+        if first is not None:
+            traced = trace(model, example, cuts=first.cut_names, verify=verify, exact=True)
+            return Built(rewrite(traced, first), first)
         if cuts is None:
             traced = trace_for_planning(model, example, verify=verify)
         else:
@@ -97,11 +99,10 @@ def compile(
             budget=budget,
         )
         _check_plan(made, costs, devices)
-        rewritten = rewrite(traced, made)
-        return Built(rewritten, made, split(rewritten, len(placements)))
+        return Built(rewrite(traced, made), made)
 
-    built = build if example_inputs is None else build(Arguments.of(example_inputs))
-    return Pipeline(model, placements, chunks, find_transport(transport), built)
+    built = None if example_inputs is None else build(Arguments.of(example_inputs), None)
+    return Pipeline(model, placements, chunks, find_transport(transport), build, built)
 
 
 def _on_model(model: nn.Module, example: Arguments, client: str) -> Arguments:

@@ -45,6 +45,16 @@ class TraceError(FxsplitError):
     """The model cannot be traced, or its trace does not reproduce it."""
 
 
+class GuardError(TraceError):
+    """A batch takes another way through the model than the one that was recorded.
+
+    Attributes:
+        micro_batch: which one, if it was in a pipeline.
+    """
+
+    micro_batch: int | None = None
+
+
 class PlanError(FxsplitError):
     """Cuts, devices or a saved plan do not fit the model."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from fxsplit.compressors import Lossless
 from fxsplit.compressors.nodes import Decode, Encode
 from fxsplit.errors import PlanError
 from fxsplit.module_tree import graft
-from fxsplit.stage import CLIENT, Edge, GraphRecord, StageGraph, StageModule
+from fxsplit.stage import CLIENT, Edge, GraphRecord, Mode, StageGraph, StageModule
 from fxsplit.trace.traced import TracedModel, attach_targets, constants_of, inputs_of, output_of
 
 
@@ -37,37 +37,46 @@ class SplitModel:
 
     Attributes:
         stages: one module a stage; all share the model's parameters with it until they are shipped.
-        boundaries: training flag -> what the client feeds and collects.
+        boundaries: mode -> what the client feeds and collects.
     """
 
     stages: tuple[StageModule, ...]
-    boundaries: Mapping[bool, Boundary]
+    boundaries: Mapping[Mode, Boundary]
 
 
-def split(rewritten: TracedModel, stage_count: int) -> SplitModel:
+def split(rewritten: TracedModel | Sequence[TracedModel], stage_count: int) -> SplitModel:
     """Splits a model whose nodes have stages into one module a stage.
 
     Encode and decode nodes become the compressors of the edges between the stages. Parameters that no stage
     uses go to the first one, so that the stages' state_dicts together are the model's.
 
+    Args:
+        rewritten: the model, or several recordings of it, which the stages then hold as variants.
+        stage_count: how many stages the nodes have been given.
+
     Raises:
         PlanError: a value flows backwards, from a later stage to an earlier one.
     """
-    model = rewritten.model
+    variants = [rewritten] if isinstance(rewritten, TracedModel) else list(rewritten)
+    model = variants[0].model
     traced_device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    splitters = {training: _Splitter(g.module, stage_count) for training, g in rewritten.graphs.items()}
+    splitters = {
+        Mode(number, training): _Splitter(graph.module, stage_count)
+        for number, variant in enumerate(variants)
+        for training, graph in variant.graphs.items()
+    }
     trees = [nn.Module() for _ in range(stage_count)]
     for splitter in splitters.values():
         for tree, graph in zip(trees, splitter.graphs, strict=True):
             attach_targets(tree, model, graph, constants_of(splitter.module, graph))
     _attach_rest(trees, model)
     stages = tuple(
-        StageModule(tree, {training: s.stage_graph(i) for training, s in splitters.items()}, traced_device)
+        StageModule(tree, {mode: s.stage_graph(i) for mode, s in splitters.items()}, traced_device)
         for i, tree in enumerate(trees)
     )
     for stage in stages:
         stage.training = model.training  # submodules frozen in eval mode stay so until the next train() or eval()
-    return SplitModel(stages, {training: s.boundary() for training, s in splitters.items()})
+    return SplitModel(stages, {mode: s.boundary() for mode, s in splitters.items()})
 
 
 def _attach_rest(trees: list[nn.Module], model: nn.Module) -> None:

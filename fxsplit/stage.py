@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxsplit.compressors import Compressor, Lossless
+from fxsplit.trace.replay import check
+
+
+class Mode(NamedTuple):
+    """Which of a model's recorded graphs runs.
+
+    Attributes:
+        variant: number of the recording: another way of calling the model, or another way through it.
+        training: the mode of the model.
+    """
+
+    variant: int
+    training: bool
+
 
 CLIENT = -1
 """The stage number of the client as a source: it feeds the model's inputs."""
@@ -45,6 +59,11 @@ class GraphRecord:
     """A graph as plain data: what a stage is shipped as. Each row is name, operation, target, arguments."""
 
     rows: tuple[tuple[str, str, Any, Any, Any], ...]
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether the graph may refuse a batch."""
+        return any(target is check for _, _, target, _, _ in self.rows)
 
     @classmethod
     def of(cls, graph: Graph) -> GraphRecord:
@@ -110,22 +129,26 @@ class StageModule(nn.Module):
     mode. It can be pickled.
     """
 
-    def __init__(self, tree: nn.Module, graphs: Mapping[bool, StageGraph], traced_device: torch.device) -> None:
+    def __init__(self, tree: nn.Module, graphs: Mapping[Mode, StageGraph], traced_device: torch.device) -> None:
         super().__init__()
         self.__dict__.update({k: v for k, v in tree.__dict__.items() if k not in ("training",)})
         self._fxsplit_graphs = dict(graphs)
         self._fxsplit_traced_device = traced_device
-        self._fxsplit_forwards: dict[bool, Callable[..., tuple[Any, ...]]] = {}
+        self._fxsplit_forwards: dict[Mode, Callable[..., tuple[Any, ...]]] = {}
 
-    def ports(self, training: bool) -> StageGraph:
+    def ports(self, mode: Mode) -> StageGraph:
         """Edges and graph of a mode."""
-        return self._fxsplit_graphs[training]
+        return self._fxsplit_graphs[mode]
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
-        """The values that leave the stage."""
-        if self.training not in self._fxsplit_forwards:
-            self._fxsplit_forwards[self.training] = self._compile(self._fxsplit_graphs[self.training])
-        return self._fxsplit_forwards[self.training](self, *inputs)
+        """The values that leave the stage, as first recorded."""
+        return self.run(Mode(0, self.training), *inputs)
+
+    def run(self, mode: Mode, *inputs: Any) -> tuple[Any, ...]:
+        """The values that leave the stage in a mode."""
+        if mode not in self._fxsplit_forwards:
+            self._fxsplit_forwards[mode] = self._compile(self._fxsplit_graphs[mode])
+        return self._fxsplit_forwards[mode](self, *inputs)
 
     def _compile(self, stage_graph: StageGraph) -> Callable[..., tuple[Any, ...]]:
         module = GraphModule(nn.Module(), Graph(), class_name="Stage")

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fxsplit.errors import PipelineError
 from fxsplit.runtime.engine import Engine, Run
+from fxsplit.stage import Mode
 
 
 class _Backward:
@@ -31,10 +33,10 @@ class _Backward:
 class _Call:
     """What goes beside the tensors into and out of the operation."""
 
-    def __init__(self, engine: Engine, leaves: int, training: bool) -> None:
+    def __init__(self, engine: Engine, leaves: int, mode: Mode) -> None:
         self.engine = engine
         self.leaves = leaves
-        self.training = training
+        self.mode = mode
         self.run: Run | None = None
         self.values: list[list[Any]] = []
 
@@ -43,7 +45,7 @@ class _Pipeline(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         chunks = [tensors[i : i + call.leaves] for i in range(0, len(tensors), call.leaves)]
-        call.run, call.values = call.engine.forward(chunks, call.training, grad=True)
+        call.run, call.values = call.engine.forward(chunks, call.mode, grad=True)
         ctx.set_materialize_grads(False)
         ctx.backward_of = _Backward(call.engine, call.run)
         ctx.leaves = call.leaves
@@ -60,6 +62,7 @@ class _Pipeline(torch.autograd.Function):
         return tuple(flat)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         state: _Backward = ctx.backward_of
         if state.is_done:
@@ -77,10 +80,10 @@ class _Pipeline(torch.autograd.Function):
         return None, None, *(found.get(divmod(i, ctx.leaves)) for i in range(count))
 
 
-def differentiable_forward(engine: Engine, chunks: Sequence[Sequence[Tensor]], training: bool) -> list[list[Any]]:
+def differentiable_forward(engine: Engine, chunks: Sequence[Sequence[Tensor]], mode: Mode) -> list[list[Any]]:
     """The forward pipeline, recorded in autograd's graph: values of the output edges by micro-batch."""
     anchor = torch.empty(0, requires_grad=True)
-    call = _Call(engine, len(chunks[0]), training)
+    call = _Call(engine, len(chunks[0]), mode)
     tensors = [tensor for chunk in chunks for tensor in chunk]
     outputs = iter(_Pipeline.apply(anchor, call, *tensors))
     return [[next(outputs) if isinstance(v, Tensor) else v for v in values] for values in call.values]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fxsplit.errors
-from fxsplit.errors import FxsplitError, PipelineError, WorkerError
+from fxsplit.errors import FxsplitError, GuardError, PipelineError, WorkerError
 from fxsplit.planning import Plan
 from fxsplit.runtime import shipping
 from fxsplit.runtime.metrics import LinkTraffic, Metrics, RunReport
@@ -24,7 +24,7 @@ from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, Transport, wait, wa
 from fxsplit.runtime.worker import Failure, Worker
 from fxsplit.schedules import Action, schedule
 from fxsplit.split import Boundary, SplitModel
-from fxsplit.stage import CLIENT, Edge
+from fxsplit.stage import CLIENT, Edge, Mode
 from fxsplit.trace.replay import Surroundings
 
 _ABORT_WAIT_S = 5.0
@@ -37,14 +37,14 @@ class Run:
 
     Attributes:
         number: its name in the keys of its packets.
-        training: the mode it runs in.
+        mode: what runs.
         edges: the edges that bring the outputs.
         needs_gradient: (micro-batch, index of the edge) -> whether that output leads a gradient back.
         inputs: the edges that took inputs away for which the caller wants a gradient, by micro-batch and leaf.
     """
 
     number: int
-    training: bool
+    mode: Mode
     chunks: int
     edges: tuple[Edge, ...] = ()
     needs_gradient: set[tuple[int, int]] = field(default_factory=set)
@@ -61,7 +61,7 @@ class Engine:
         self._endpoint: Endpoint | None = None
         self._worker: Worker | None = None
         self._numbers = itertools.count(1)
-        self._discards: list[int] = []
+        self._discards: list[tuple[int, bool]] = []
         self._split: SplitModel | None = None
 
     # ------------------------------------------------------------------ life
@@ -89,11 +89,13 @@ class Engine:
         """Gives every worker its stages."""
         self._split, self._plan = split, plan
         self._schedule = schedule(plan.schedule)
+        modes = split.boundaries.keys()
+        guarded = {m for m in modes if any(stage.ports(m).graph.is_guarded for stage in split.stages)}
         futures = {}
         for worker in (CLIENT_NAME, *self.remote):
             held = {i: split.stages[i] for i, name in enumerate(plan.workers) if name == worker}
             devices = {part.stage: part.device.rpartition("/")[2] for part in plan.parts if part.stage in held}
-            arguments = (*shipping.dump(held), devices, plan.workers, canonical, TorchSettings.current())
+            arguments = (*shipping.dump(held), devices, plan.workers, canonical, guarded, TorchSettings.current())
             futures[worker] = self._call(worker, "load", *arguments)
         self._gather(futures)
 
@@ -163,27 +165,22 @@ class Engine:
 
     # ------------------------------------------------------------------ steps
 
-    def forward(
-        self, chunks: Sequence[Sequence[Tensor]], training: bool, grad: bool
-    ) -> tuple[Run, list[list[Any]]]:
+    def forward(self, chunks: Sequence[Sequence[Tensor]], mode: Mode, grad: bool) -> tuple[Run, list[list[Any]]]:
         """Runs the forward pipeline.
 
         Args:
             chunks: the tensor inputs of the model, by micro-batch.
-            training: the mode.
+            mode: what runs.
             grad: whether a backward may follow.
 
         Returns:
             the run, and the values of its output edges by micro-batch.
         """
         start = time.perf_counter()
-        boundary = self._boundary(training)
+        boundary = self._boundary(mode)
         edges = tuple(dict.fromkeys(leaf for leaf in boundary.outputs if isinstance(leaf, Edge)))
-        run = Run(next(self._numbers), training, len(chunks), edges)
-        while self._discards:
-            number = self._discards.pop()
-            for worker in (*self.remote, CLIENT_NAME):
-                self._call(worker, "discard", number)
+        run = Run(next(self._numbers), mode, len(chunks), edges)
+        self.flush_discards()
         with self._phase(run, backward=False, grad=grad) as phase:
             for index, edge in boundary.inputs:
                 for m, leaves in enumerate(chunks):
@@ -225,20 +222,27 @@ class Engine:
         self.metrics.total_s += time.perf_counter() - start
         return found
 
-    def discard(self, number: int) -> None:
+    def discard(self, number: int, undo: bool = False) -> None:
         """Notes that a run's backward will not come; the workers are told with the next run."""
-        self._discards.append(number)
+        self._discards.append((number, undo))
 
-    def output_leaves(self, training: bool, values: Sequence[Any]) -> list[Any]:
+    def flush_discards(self) -> None:
+        """Tells the workers which runs they may forget."""
+        while self._discards:
+            discard = self._discards.pop()
+            for worker in (*self.remote, CLIENT_NAME):
+                self._call(worker, "discard", *discard)
+
+    def output_leaves(self, mode: Mode, values: Sequence[Any]) -> list[Any]:
         """The leaves of the model's output from the values of the output edges."""
-        boundary = self._boundary(training)
+        boundary = self._boundary(mode)
         edges = dict.fromkeys(leaf for leaf in boundary.outputs if isinstance(leaf, Edge))
         by_edge = dict(zip(edges, values, strict=True))
         return [by_edge[leaf] if isinstance(leaf, Edge) else leaf for leaf in boundary.outputs]
 
-    def _boundary(self, training: bool) -> Boundary:
+    def _boundary(self, mode: Mode) -> Boundary:
         assert self._split is not None
-        return self._split.boundaries[training]
+        return self._split.boundaries[mode]
 
     def _phase(self, run: Run, backward: bool, grad: bool) -> _Phase:
         return _Phase(self, run, backward, grad)
@@ -287,7 +291,7 @@ class _Phase:
         self._engine = engine
         self._run = run
         self._backward = backward
-        self._arguments = (run.training, replace(Surroundings.current(), grad=grad))
+        self._arguments = (run.mode, replace(Surroundings.current(), grad=grad))
         self._futures: dict[str, Future[Any]] = {}
 
     def __enter__(self) -> _Phase:
@@ -327,7 +331,7 @@ class _Phase:
         for worker in engine.remote:
             engine._call(worker, "abort", number, reason)
         wait_all(self._futures.values(), timeout=_ABORT_WAIT_S)
-        engine.discard(number)
+        engine.discard(number, undo=True)
 
 
 def _raise_failure(result: Any) -> None:
@@ -340,7 +344,10 @@ def _raise_failure(result: Any) -> None:
         kind = getattr(fxsplit.errors, result.kind, FxsplitError)
         own = details.pop("where")
         what = details.pop("what") or ""
-        raise kind(what, where=f"{place}; {own}" if own else place, **details)
+        error = kind(what, where=f"{place}; {own}" if own else place, **details)
+        if isinstance(error, GuardError):
+            error.micro_batch = result.micro_batch
+        raise error
     raise WorkerError(
         f"{result.kind} on worker {result.worker}: {result.message}",
         where=place,

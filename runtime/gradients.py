@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +25,16 @@ class Gradients:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._homes: dict[str, tuple[str, ...]] = {}
         self._tied: dict[str, tuple[str, ...]] = {}
         self._norms: dict[str, Tensor] | None = None
         self._fetched: dict[str, float] = {}
 
-    def set_tied(self, tied: Mapping[str, tuple[str, ...]]) -> None:
-        """Names of the parameters with copies on several workers, and those workers, home first."""
-        self._tied = dict(tied)
+    def set_homes(self, homes: Mapping[str, tuple[str, ...]]) -> None:
+        """The workers that hold each parameter, home first."""
+        self._homes = dict(homes)
+        self._tied = {name: workers for name, workers in homes.items() if len(workers) > 1}
 
     def changed(self) -> None:
         """A backward has run: what was fetched is out of date."""
@@ -53,6 +58,12 @@ class Gradients:
         self._sum_tied()
         results = self.engine.broadcast("get_gradients", None)
         return {name: gradient for gradients in results.values() for name, gradient in gradients.items()}
+
+    def put(self, gradients: Mapping[str, Tensor]) -> None:
+        """Sets gradients, each at its parameter's home."""
+        for worker in dict.fromkeys(workers[0] for workers in self._homes.values()):
+            own = {name: g for name, g in gradients.items() if self._homes[name][0] == worker}
+            self.engine.call(worker, "set_gradients", own)
 
     def clear(self, names: Sequence[str]) -> None:
         """Sets gradients to None."""

@@ -99,7 +99,7 @@ class PipelineOptimizer(Optimizer):
         self.kind = kind
         self._gradients = gradients
         self._number = next(PipelineOptimizer._numbers)
-        self._is_created = False
+        self.is_created = False
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step on every worker; returns when all have made it.
@@ -125,14 +125,14 @@ class PipelineOptimizer(Optimizer):
 
     def ensure_created(self) -> None:
         """Makes the workers' parts, once the workers have their stages."""
-        if self._is_created:
+        if self.is_created:
             return
         groups = [
             ({k: v for k, v in group.items() if k != "params"}, names)
             for group, names in zip(self.param_groups, self._names(), strict=True)
         ]
         self._gradients.engine.broadcast("create_optimizer", self._number, self.kind, groups)
-        self._is_created = True
+        self.is_created = True
 
     def state_dict(self) -> dict[str, Any]:
         """State and groups in the layout of the same torch optimizer over the unsplit model's parameters."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fxsplit.compressors import Lossless
 from fxsplit.errors import CompressorError
@@ -117,6 +118,7 @@ class _Tap(torch.autograd.Function):
         return tap.take()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
         ctx.tap.gradient = gradients[0]
         return None, None

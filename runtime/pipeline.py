@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
-from fxsplit.errors import InputError, PipelineError, nearest
+from fxsplit.errors import GuardError, InputError, PipelineError, nearest
 from fxsplit.planning import Placement, Plan
 from fxsplit.runtime.autograd import differentiable_forward
 from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.gradients import Gradients
 from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.optimizer import ParameterHandle, PipelineOptimizer
+from fxsplit.runtime.training_state import TrainingState
 from fxsplit.runtime.transport import Transport
-from fxsplit.split import SplitModel
-from fxsplit.trace.call import Arguments, batch_size, is_batched
+from fxsplit.split import SplitModel, split
+from fxsplit.stage import Mode
+from fxsplit.trace.call import Arguments, CallLayout, batch_size, is_batched
 from fxsplit.trace.traced import TracedModel
+
+MAX_VARIANTS = 16
+"""Recordings of one model: more than these mean that it decides on the data of nearly every batch."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A model on its way into the pipeline: rewritten, planned and split."""
+    """A model on its way into the pipeline: planned and rewritten."""
 
     rewritten: TracedModel
     plan: Plan
-    split: SplitModel
 
 
-Builder = Callable[[Arguments], Built]
-"""Traces, plans, rewrites and splits for the arguments of the first call."""
+class Builder(Protocol):
+    """Traces, plans and rewrites a model."""
+
+    def __call__(self, arguments: Arguments, first: Plan | None) -> Built:
+        """For the arguments of the first call; or, with the plan that was made then, for exactly this batch."""
 
 
 class WorkerInfo(NamedTuple):
@@ -65,15 +75,16 @@ class Pipeline:
         placements: Sequence[Placement],
         chunks: int,
         transport: Transport,
-        built: Built | Builder,
+        builder: Builder,
+        built: Built | None = None,
     ) -> None:
         self.training = model.training
         self._name = type(model).__name__
         self._placements = tuple(placements)
         self._chunks = chunks
-        self._builder: Builder | None = None if isinstance(built, Built) else built
-        self._built: Built | None = None
-        self._initial_state: Callable[[], Mapping[str, Any]] | None = model.state_dict
+        self._builder = builder
+        self._variants: list[Built] = []
+        self._model = model
         self._state_keys = list(model.state_dict())
         self._canonical = _canonical_names(model)
         self._engine = Engine(transport)
@@ -85,8 +96,8 @@ class Pipeline:
         self._finalizer = weakref.finalize(self, Engine.close, self._engine)
         try:
             self._engine.start(placement.worker for placement in placements)
-            if isinstance(built, Built):
-                self._load(built)
+            if built is not None:
+                self._load([built])
         except BaseException:
             self.close()
             raise
@@ -106,46 +117,101 @@ class Pipeline:
         """
         self._require_open()
         arguments = Arguments(args, kwargs)
-        built = self._build(arguments)
-        traced = built.rewritten.graph(self.training)
-        leaves = built.rewritten.leaves(arguments)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self._check_tensors(built.rewritten.call.names, leaves)
-        samples = batch_size(tensors)
-        chunks = _cut(tensors, samples, self._chunks)
+        self._check_tensors(arguments)
+        call, leaves = CallLayout.of(self._model, arguments)
+        numbers = [n for n, built in enumerate(self._variants) if built.rewritten.call.key() == call.key()]
+        if not numbers:
+            numbers = [self._add_variant(arguments, "it was called in another way")]
+        random_state = torch.get_rng_state()
+        for number in reversed(numbers):
+            try:
+                return self._run(number, leaves)
+            except GuardError as error:
+                refusal = error
+                torch.set_rng_state(random_state)
+        tensors = _cut(leaves, batch_size(leaves), self._chunks)[refusal.micro_batch or 0]
+        number = self._add_variant(Arguments(*call.arguments(tensors)), f"of {refusal.where}")
+        try:
+            return self._run(number, leaves)
+        except GuardError as error:
+            raise PipelineError(
+                "the micro-batches of one batch take different ways through the model",
+                where=error.where,
+                found=f"{error.found} where another micro-batch has {error.allowed}",
+                hint="compile with chunks=1, or take the decision on data out of the model's forward",
+            ) from error
+
+    def _run(self, number: int, leaves: Sequence[Any]) -> Any:
+        """One batch through one of the recorded graphs."""
+        traced = self._variants[number].rewritten.graph(self.training)
+        mode = Mode(number, self.training)
+        samples = batch_size(leaves)
+        chunks = [
+            [leaf for leaf in chunk if isinstance(leaf, Tensor)] for chunk in _cut(leaves, samples, self._chunks)
+        ]
         sizes = [samples // self._chunks + (i < samples % self._chunks) for i in range(self._chunks)]
         if torch.is_grad_enabled():
-            values = differentiable_forward(self._engine, chunks, self.training)
+            values = differentiable_forward(self._engine, chunks, mode)
         else:
-            _, values = self._engine.forward(chunks, self.training, grad=False)
+            _, values = self._engine.forward(chunks, mode, grad=False)
         self._engine.metrics.samples += samples
-        return traced.output.merge([self._engine.output_leaves(self.training, v) for v in values], sizes)
+        return traced.output.merge([self._engine.output_leaves(mode, v) for v in values], sizes)
 
-    def _build(self, arguments: Arguments) -> Built:
-        if self._built is None:
-            assert self._builder is not None
-            return self._load(self._builder(arguments))
-        return self._built
+    def _add_variant(self, arguments: Arguments, reason: str) -> int:
+        """Records the model for arguments that no graph serves yet, and gives the workers the new graphs."""
+        if not self._variants:
+            self._load([self._builder(arguments, None)])
+            return 0
+        if len(self._variants) >= MAX_VARIANTS:
+            raise PipelineError(
+                f"{self._name} needs another graph for nearly every batch",
+                found=f"{len(self._variants)} recordings; the last because {reason}",
+                allowed=f"at most {MAX_VARIANTS}",
+                hint="take the decision on data out of the model's forward, or keep it inside one module",
+            )
+        warnings.warn(f"{self._name} is traced again, because {reason}", stacklevel=3)
+        self._engine.flush_discards()
+        with self._present_state() as state:
+            self._load([*self._variants, self._builder(arguments, self._variants[0].plan)], state)
+        return len(self._variants) - 1
 
-    def _load(self, built: Built) -> Built:
-        homes = _homes(built, self._canonical)
-        self._engine.load(built.split, built.plan, self._canonical)
-        self._gradients.set_tied({name: homes[name] for name in homes if len(homes[name]) > 1})
-        # The workers hold the parameters now: nothing here needs to keep the model for them.
-        self._built, self._builder, self._initial_state = built, None, None
-        return built
+    def _load(self, variants: list[Built], state: TrainingState | None = None) -> None:
+        split_model = split([built.rewritten for built in variants], len(self._placements))
+        homes = _homes(variants[0].plan, split_model, self._canonical)
+        self._engine.load(split_model, variants[0].plan, self._canonical)
+        self._gradients.set_homes(homes)
+        if state is not None:
+            state.restore(self._engine, self._gradients)
+        self._variants = variants
 
-    def _check_tensors(self, names: Sequence[str], leaves: Sequence[Any]) -> None:
+    @contextmanager
+    def _present_state(self) -> Iterator[TrainingState]:
+        """The workers' state; while active, the model has the present weights, on which its ways may depend."""
+        state = TrainingState.of(self.state_dict(), self._gradients)
+        before = {name: value.clone() for name, value in self._model.state_dict().items()}
+        self._model.load_state_dict(state.weights)
+        training = self._model.training
+        try:
+            if training != self.training:
+                self._model.train(self.training)
+            yield state
+        finally:
+            self._model.load_state_dict(before)
+            self._model.train(training)
+
+    def _check_tensors(self, arguments: Arguments) -> None:
         client = torch.device(self._placements[0].device)
-        for name, leaf in zip(names, leaves, strict=True):
-            if isinstance(leaf, Tensor) and not _same_device(leaf.device, client):
+        named, _ = pytree.tree_flatten_with_path((arguments.args, dict(arguments.kwargs)))
+        tensors = [(pytree.keystr(path[1:]), leaf) for path, leaf in named if isinstance(leaf, Tensor)]
+        for name, tensor in tensors:
+            if not _same_device(tensor.device, client):
                 raise InputError(
-                    f"input '{name}' is on another device than the client",
-                    found=str(leaf.device),
+                    f"input {name} is on another device than the client",
+                    found=str(tensor.device),
                     allowed=f"{client} (the first of the devices)",
-                    hint=f"pass {name}.to('{client}')",
+                    hint=f"pass it with .to('{client}')",
                 )
-        samples = batch_size(leaves)
+        samples = batch_size([tensor for _, tensor in tensors])
         if samples == 0:
             raise InputError("the batch is empty", found="0 samples", allowed=f"at least {self._chunks}")
         if samples < self._chunks:
@@ -205,20 +271,20 @@ class Pipeline:
         """
         self._require_open()
         groups = self.parameters() if parameters is None else parameters
-        return PipelineOptimizer(kind, groups, self._gradients, options)
+        optimizer = PipelineOptimizer(kind, groups, self._gradients, options)
+        self._gradients.optimizers.add(optimizer)
+        return optimizer
 
     def state_dict(self) -> OrderedDict[str, Any]:
         """The model's whole state_dict, under its own names, on the CPU."""
         self._require_open()
-        if self._initial_state is not None:
-            return OrderedDict((name, _copied(value)) for name, value in self._initial_state().items())
+        if not self._variants:
+            return OrderedDict((name, _copied(value)) for name, value in self._model.state_dict().items())
         merged: dict[str, Any] = {}
         for state in self._engine.broadcast("state").values():
             for name, value in state.items():
-                merged.setdefault(name, value)
-        return OrderedDict(
-            (key, merged[key if key in merged else self._canonical[key]]) for key in self._state_keys
-        )
+                merged.setdefault(self._canonical.get(name, name), value)
+        return OrderedDict((key, merged[self._canonical.get(key, key)]) for key in self._state_keys)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a state_dict of the model, from a pipeline or from the model itself.
@@ -269,10 +335,10 @@ class Pipeline:
     def __repr__(self) -> str:
         if not self._finalizer.alive:
             state = "closed"
-        elif self._built is None:
+        elif not self._variants:
             state = "compiles at its first call"
         else:
-            state = f"cuts {', '.join(self._built.plan.cut_names) or 'none'}"
+            state = f"cuts {', '.join(self._variants[0].plan.cut_names) or 'none'}"
         devices = ", ".join(placement.spelling for placement in self._placements)
         return f"Pipeline({self._name} over [{devices}], {self._chunks} chunks, {state})"
 
@@ -300,22 +366,20 @@ class Pipeline:
 
     def _require_built(self, what: str) -> Built:
         self._require_open()
-        if self._built is None:
+        if not self._variants:
             raise PipelineError(
                 f"{what} is not there before the first call",
                 found="a pipeline that has not seen an input",
                 hint="give example_inputs= to compile, or call the pipeline first",
             )
-        return self._built
+        return self._variants[0]
 
 
-def _cut(tensors: Sequence[Tensor], samples: int, chunks: int) -> list[list[Tensor]]:
+def _cut(leaves: Sequence[Any], samples: int, chunks: int) -> list[list[Any]]:
     """The inputs of each micro-batch; sizes differ by at most one, the larger ones first."""
     columns = [
-        list(torch.tensor_split(tensor, chunks))
-        if is_batched(tensor, samples) and chunks > 1
-        else [tensor] * chunks
-        for tensor in tensors
+        list(torch.tensor_split(leaf, chunks)) if is_batched(leaf, samples) and chunks > 1 else [leaf] * chunks
+        for leaf in leaves
     ]
     return [list(row) for row in zip(*columns, strict=True)]
 
@@ -327,10 +391,10 @@ def _canonical_names(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in pairs}
 
 
-def _homes(built: Built, canonical: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+def _homes(plan: Plan, split_model: SplitModel, canonical: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """The workers that hold each parameter, in the order of their stages."""
     homes: dict[str, dict[str, None]] = {}
-    for worker, stage in zip(built.plan.workers, built.split.stages, strict=True):
+    for worker, stage in zip(plan.workers, split_model.stages, strict=True):
         for name, _ in stage.named_parameters(remove_duplicate=False):
             homes.setdefault(canonical[name], {})[worker] = None
     return {name: tuple(workers) for name, workers in homes.items()}

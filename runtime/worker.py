@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from fxsplit.runtime.parameters import ParameterStore
 from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.schedules import Action
-from fxsplit.stage import CLIENT, Edge, StageModule
+from fxsplit.stage import CLIENT, Edge, Mode, StageModule
 from fxsplit.trace.replay import Surroundings
 
 
@@ -28,18 +28,19 @@ class Failure:
 
     worker: str
     place: str
+    micro_batch: int | None
     kind: str
     message: str
     details: Mapping[str, Any] | None
     traceback: str
 
     @classmethod
-    def of(cls, worker: str, place: str, error: BaseException) -> Failure:
+    def of(cls, worker: str, place: str, micro_batch: int | None, error: BaseException) -> Failure:
         """Describes an exception that is being handled."""
         details = None
         if isinstance(error, FxsplitError):
             details = {k: _text(getattr(error, k)) for k in ("what", "where", "found", "allowed", "hint")}
-        return cls(worker, place, type(error).__name__, str(error), details, traceback.format_exc())
+        return cls(worker, place, micro_batch, type(error).__name__, str(error), details, traceback.format_exc())
 
 
 def _text(value: object) -> str | None:
@@ -58,7 +59,7 @@ class _Saved:
 class _Run:
     """One forward of the pipeline that may still be followed by its backward."""
 
-    training: bool
+    mode: Mode
     saved: dict[tuple[int, int], _Saved] = field(default_factory=dict)
 
 
@@ -77,7 +78,9 @@ class Worker:
         self._devices: dict[int, torch.device] = {}
         self._workers: tuple[str, ...] = ()
         self._runs: dict[int, _Run] = {}
-        self._place = ""
+        self._guarded: Set[Mode] = frozenset()
+        self._undo: tuple[int, list[tuple[Tensor, Tensor]]] = (0, [])
+        self._action: Action | None = None
         self._parameters = ParameterStore()
         self.commands: Mapping[str, Callable[..., Any]] = {
             "load": self.load,
@@ -89,11 +92,15 @@ class Worker:
 
     def execute(self, command: str, arguments: tuple[Any, ...]) -> Any:
         """The result of a command, or a `Failure`."""
-        self._place = ""
+        self._action = None
         try:
             return self.commands[command](*arguments)
         except Exception as error:
-            return Failure.of(self._endpoint.name, self._place or f"command {command}", error)
+            action = self._action
+            place = (
+                f"{action.kind} of stage {action.stage}, micro-batch {action.micro_batch}" if action else command
+            )
+            return Failure.of(self._endpoint.name, place, action.micro_batch if action else None, error)
 
     # ------------------------------------------------------------------ commands
 
@@ -104,6 +111,7 @@ class Worker:
         devices: Mapping[int, str],
         workers: Sequence[str],
         canonical: Mapping[str, str],
+        guarded: Set[Mode],
         settings: TorchSettings,
     ) -> None:
         """Takes the stages over.
@@ -114,34 +122,52 @@ class Worker:
             devices: the device of each stage held here.
             workers: the worker of every stage.
             canonical: name of a tied parameter -> its first name in the model.
+            guarded: the modes in which some stage may refuse a batch.
             settings: the client's precision and determinism.
         """
         settings.apply()
         self._stages = shipping.load(data, tensors)
         self._devices = {stage: torch.device(device) for stage, device in devices.items()}
         self._workers = tuple(workers)
+        self._guarded = guarded
         for number, module in self._stages.items():
             module.to(self._devices[number])
         self._parameters.hold(self._stages, canonical)
 
-    def run(self, run: int, actions: Sequence[Action], training: bool, surroundings: Surroundings) -> RunReport:
+    def run(self, run: int, actions: Sequence[Action], mode: Mode, surroundings: Surroundings) -> RunReport:
         """Does the forwards, or the backwards, of one step, in the caller's gradient mode and autocast."""
         report = RunReport(self._endpoint.name)
-        context = self._runs.setdefault(run, _Run(training))
+        context = self._begin(run, mode)
         for action in actions:
-            self._place = f"{action.kind} of stage {action.stage}, micro-batch {action.micro_batch}"
+            self._action = action
             if action.backward:
                 self._backward(run, action, context, report)
             else:
                 self._forward(run, action, context, surroundings, report)
         if not context.saved:
             del self._runs[run]
-        self._place = ""
+        self._action = None
         return report
 
-    def discard(self, run: int) -> None:
-        """Forgets a run whose backward will not come."""
+    def _begin(self, run: int, mode: Mode) -> _Run:
+        if run not in self._runs:
+            self._runs[run] = _Run(mode)
+            buffers = [b for m in self._stages.values() for b in m.buffers()] if mode in self._guarded else []
+            self._undo = (run, [(buffer, buffer.clone()) for buffer in buffers])
+        return self._runs[run]
+
+    def discard(self, run: int, undo: bool) -> None:
+        """Forgets a run whose backward will not come.
+
+        Args:
+            run: its number.
+            undo: put back what its forward did to buffers: it was refused by a guard and will be run again.
+        """
         self._runs.pop(run, None)
+        if undo and self._undo[0] == run:
+            with torch.no_grad():
+                for buffer, before in self._undo[1]:
+                    buffer.copy_(before)
         self._endpoint.mailbox.abort(run, "the run was given up")
 
     def state(self) -> dict[str, Tensor]:
@@ -159,9 +185,9 @@ class Worker:
     ) -> None:
         grad = surroundings.grad
         module, device = self._stages[action.stage], self._devices[action.stage]
-        if module.training != context.training:
-            module.train(context.training)
-        ports = module.ports(context.training)
+        if module.training != context.mode.training:
+            module.train(context.mode.training)
+        ports = module.ports(context.mode)
         taps: dict[Edge, GradientTap] = {}
         inputs: list[Any] = []
         for edge in ports.inputs:
@@ -173,7 +199,7 @@ class Worker:
                 value = taps[edge].tensor
             inputs.append(value)
         with report.timing("compute_s"), surroundings.active():
-            values = dict(zip(ports.outputs, module(*inputs), strict=True))
+            values = dict(zip(ports.outputs, module.run(context.mode, *inputs), strict=True))
         del inputs
         for edge in ports.edges:
             key = Key(run, *_ends(edge), action.micro_batch, False)
@@ -193,7 +219,7 @@ class Worker:
         module, device = self._stages[action.stage], self._devices[action.stage]
         saved = context.saved.pop((action.stage, action.micro_batch))
         gradients: dict[str, Tensor] = {}
-        for edge in reversed(module.ports(context.training).edges):
+        for edge in reversed(module.ports(context.mode).edges):
             if edge.value not in saved.values:
                 continue
             packet = self._receive(Key(run, *_ends(edge), action.micro_batch, True), report)

@@ -49,9 +49,7 @@ def test_limits_are_asked_for_by_name() -> None:
 def test_an_empty_budget_limits_nothing() -> None:
     empty = Budget()
     assert empty.to_dict() == {} and empty == Budget(macs=None)
-    assert (
-        empty.macs_limit("cpu") is empty.memory_limit("cpu") is empty.link_limit is empty.step_time_s is None
-    )
+    assert empty.macs_limit("cpu") is empty.memory_limit("cpu") is empty.link_limit is empty.step_time_s is None
 
 
 def test_it_cannot_be_changed() -> None:

@@ -159,9 +159,7 @@ def test_lazily_negated_view(spelling: str) -> None:
         ([float("inf")] * 60, "0 NaN and 60 infinite of 60"),
     ],
 )
-def test_refuses_what_is_not_finite(
-    spelling: str, dtype: torch.dtype, values: list[float], found: str
-) -> None:
+def test_refuses_what_is_not_finite(spelling: str, dtype: torch.dtype, values: list[float], found: str) -> None:
     x = gaussian(60, dtype=dtype)
     x[len(x) // 2 - len(values) // 2 :][: len(values)] = torch.tensor(values, dtype=dtype)
     with pytest.raises(CompressorError) as caught:

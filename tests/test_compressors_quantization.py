@@ -140,9 +140,7 @@ def test_table_holds_minimum_and_step_of_each_chunk(size: int) -> None:
     assert not table[1, len(chunks) :].any()
 
 
-@pytest.mark.parametrize(
-    ("bits", "split"), [(16, 4), (12, 3), (8, 2), (4, 1), (2, 1), (3, 1), (6, 1), (5, 1)]
-)
+@pytest.mark.parametrize(("bits", "split"), [(16, 4), (12, 3), (8, 2), (4, 1), (2, 1), (3, 1), (6, 1), (5, 1)])
 def test_default_split_is_a_quarter(bits: int, split: int) -> None:
     assert SortQuantization(bits).split_bits == FastQuantization(bits).split_bits == split
     assert SortQuantization(bits).wire(TensorSpec((7, 3), torch.float16)) == (

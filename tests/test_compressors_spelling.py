@@ -160,13 +160,9 @@ def test_entry_points_are_not_looked_at_for_built_in_names(monkeypatch: pytest.M
 
 @pytest.mark.usefixtures("plugins")
 def test_broken_entry_points_say_whose_they_are() -> None:
-    with pytest.raises(
-        CompressorError, match=r"where: +entry point gone = no_such_module:x\n  found: +ModuleNot"
-    ):
+    with pytest.raises(CompressorError, match=r"where: +entry point gone = no_such_module:x\n  found: +ModuleNot"):
         compressor("gone")
-    with pytest.raises(
-        CompressorError, match=r"entry point odd = .*\n.*\n  allowed: a subclass of Compressor"
-    ):
+    with pytest.raises(CompressorError, match=r"entry point odd = .*\n.*\n  allowed: a subclass of Compressor"):
         compressor("odd")
 
 

@@ -113,9 +113,7 @@ def test_a_sandwich_by_hand() -> None:
     assert (server.device, server.modules, server.macs) == ("server/cuda", ("m1", "m2"), 10**9)
     assert server.parameter_bytes == 200
     assert server.memory_bytes == 2 * 200 + 4 * 8 * (500 + 100) + 32000  # weights, outputs, what it receives
-    assert server.forward_s == pytest.approx(10**9 / 5e12) and server.step_s == pytest.approx(
-        3 * server.forward_s
-    )
+    assert server.forward_s == pytest.approx(10**9 / 5e12) and server.step_s == pytest.approx(3 * server.forward_s)
 
 
 def test_the_prediction_by_hand() -> None:
@@ -123,9 +121,7 @@ def test_the_prediction_by_hand() -> None:
     client, server = 3 * 2e6 / 2.5e10, 3 * 1e9 / 5e12
     up, down = (32000 + 3200) / 1e6, (3200 + 32000) / 1e6  # activations one way, gradients of the others back
     total, messages = client + server + up + down, 4
-    assert found.predicted_step_s == pytest.approx(
-        total / 4 + 3 / 4 * max(client, server, up) + messages * 1e-3
-    )
+    assert found.predicted_step_s == pytest.approx(total / 4 + 3 / 4 * max(client, server, up) + messages * 1e-3)
 
 
 def test_edges_within_a_worker_are_free() -> None:
@@ -222,9 +218,7 @@ def test_the_choice_is_that_of_brute_force(seed: int) -> None:
         compare_under_budget(costs, devices, options, Budget(**links, **line))
 
 
-def compare_under_budget(
-    costs: CostTable, devices: list[str], options: dict[str, Any], budget: Budget
-) -> None:
+def compare_under_budget(costs: CostTable, devices: list[str], options: dict[str, Any], budget: Budget) -> None:
     """The choice under a budget against a loop over all cuts; if none satisfies, the nearest is reported."""
     names = [name for name, index in costs.cut_points.items() if index > 0]
     satisfied, excesses = [], []
@@ -259,9 +253,7 @@ def test_the_bounded_search_says_so_and_comes_close(seed: int, monkeypatch: pyte
 
 def test_a_long_sandwich_is_exact_and_quick() -> None:
     draw = random.Random(0)
-    costs = chain(
-        [draw.randint(10**6, 10**8) for _ in range(301)], [draw.randint(1, 10**5) for _ in range(301)]
-    )
+    costs = chain([draw.randint(10**6, 10**8) for _ in range(301)], [draw.randint(1, 10**5) for _ in range(301)])
     started = time.perf_counter()
     found = plan(costs, ["cpu", "a/cuda", "b/cpu"], compressor="sortquant8", chunks=4)
     assert found.is_optimal and time.perf_counter() - started < 2.0  # a tenth of it, on a quiet machine

@@ -78,9 +78,7 @@ def test_refuses(parse: Callable[[Quantity], float], quantity: Quantity, says: s
 
 
 def test_an_unknown_unit_lists_the_known() -> None:
-    with pytest.raises(
-        BudgetError, match=r"memory has an unknown unit[^$]*found: +'2 Gb'[^$]*MB, GB[^$]*GiB"
-    ):
+    with pytest.raises(BudgetError, match=r"memory has an unknown unit[^$]*found: +'2 Gb'[^$]*MB, GB[^$]*GiB"):
         parse_bytes("2 Gb", "memory")
 
 

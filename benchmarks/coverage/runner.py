@@ -30,7 +30,7 @@ class _Child:
     row: Row
 
 
-def run(cases: Sequence[Case], jobs: int = 1, limit: float = 60.0) -> Iterator[Row]:
+def run(cases: Sequence[Case], jobs: int = 1, limit: float = 300.0) -> Iterator[Row]:
     """Examines cases, `jobs` at a time, and yields each one's row when it is there.
 
     Args:
@@ -143,11 +143,11 @@ def _plain(row: Row) -> dict[str, Any]:
 
 def worse(row: Row, before: Row) -> list[str]:
     """What of a row got worse than it was."""
-    lines = [
-        f"{row.name}: {CRITERIA[letter]}: {now}, was {before.outcomes[letter]}: {row.failures.get(letter, '')}"
-        for letter, now in row.outcomes.items()
-        if letter in before.outcomes and now.badness > before.outcomes[letter].badness
-    ]
+    lines = []
+    for letter, now in row.outcomes.items():
+        was = before.outcomes.get(letter, now)
+        if (now.failed and now.badness > was.badness) or (now is Outcome.ABSENT and was is Outcome.EXACT):
+            lines.append(f"{row.name}: {CRITERIA[letter]}: {now}, was {was}: {row.failures.get(letter, '')}")
     if before.gradients_exact and not row.gradients_exact:
         lines.append(f"{row.name}: gradients are no longer equal bit for bit")
     return lines

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fxsplit.compressors.base import Compressor
 from fxsplit.spec import TensorSpec
@@ -59,21 +60,21 @@ class _Encode(torch.autograd.Function):
         return x.new_zeros(()).expand(x.shape), *payload
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None  # straight through: the gradient does not see the rounding
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, carrier: Tensor, compressor: Compressor, back: Compressor, *payload: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, carrier: Tensor, compressor: Compressor, back: Compressor, *payload: Tensor) -> Tensor:
         ctx.back = back
         ctx.payload_count = len(payload)
         # `.data`: the next operation may work in place, which autograd refuses on a view made in here.
         return compressor.decode(payload, TensorSpec.of(carrier)).data
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         received = ctx.back.decode(ctx.back.encode(gradient), TensorSpec.of(gradient))

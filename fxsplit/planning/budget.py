@@ -115,9 +115,7 @@ class Budget:
         """
         known = [field.name for field in fields(cls)]
         if not isinstance(data, Mapping):
-            raise BudgetError(
-                "a budget is not a mapping", found=type(data).__name__, allowed=", ".join(known)
-            )
+            raise BudgetError("a budget is not a mapping", found=type(data).__name__, allowed=", ".join(known))
         for name in data:
             if name not in known:
                 raise BudgetError("unknown budget line", found=repr(name), allowed=", ".join(known))
@@ -133,9 +131,7 @@ class Budget:
             for device in limits if isinstance(limits, Mapping) else ():
                 if device not in devices:
                     known = ", ".join(dict.fromkeys(devices))
-                    raise BudgetError(
-                        f"the budget's {line} names an unknown device", found=device, allowed=known
-                    )
+                    raise BudgetError(f"the budget's {line} names an unknown device", found=device, allowed=known)
         for cut in self.cut_limits:
             if cut not in cut_names:
                 close = nearest(cut, cut_names)

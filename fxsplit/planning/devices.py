@@ -65,9 +65,7 @@ def parse_devices(devices: Sequence[str]) -> tuple[Placement, ...]:
     if isinstance(devices, str) or not isinstance(devices, Sequence):
         raise DeviceError("devices is not a list", found=repr(devices), allowed="a list, one device a stage")
     if not devices:
-        raise DeviceError(
-            "the device list is empty", found="[]", allowed="one device a stage, the client's first"
-        )
+        raise DeviceError("the device list is empty", found="[]", allowed="one device a stage, the client's first")
     parsed = [_placement(spelling, f"devices[{index}]") for index, spelling in enumerate(devices)]
     client = parsed[0]
     if client.is_named:

@@ -19,9 +19,7 @@ LARGEST = 2**63 - 1
 """The largest whole number a document may hold."""
 
 DTYPES: Mapping[str, torch.dtype] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype)
+    str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
 }
 """Dtypes by the name they have in a document: 'float32'."""
 

@@ -102,9 +102,7 @@ class _Uses:
 
     def separable(self, positions: IntArray) -> _Uses:
         """Those that some cut can separate from the use before; the others make no edge of their own."""
-        rows = np.searchsorted(positions, self.after, "right") < np.searchsorted(
-            positions, self.used, "right"
-        )
+        rows = np.searchsorted(positions, self.after, "right") < np.searchsorted(positions, self.used, "right")
         return _Uses(self.made[rows], self.after[rows], self.used[rows], self.weights[rows])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
+from fxsplit import schedules
 from fxsplit.costs import CostTable
 from fxsplit.errors import DeviceError, PlanError, nearest
 from fxsplit.planning import document
@@ -37,7 +38,7 @@ from fxsplit.planning.units import format_bytes, format_macs, format_seconds
 VERSION = 1
 """Version of the saved plan; a reader refuses newer ones."""
 
-SCHEDULES = ("gpipe",)
+SCHEDULES = tuple(kind.name for kind in schedules.SCHEDULES)
 """The schedules that a plan may name."""
 
 
@@ -157,9 +158,7 @@ class Plan:
         for name in self.cut_names:
             if name not in costs.cut_points:
                 close = nearest(name, costs.cut_points)
-                raise PlanError(
-                    "the plan cuts at a module that is not in the model", found=name, allowed=close
-                )
+                raise PlanError("the plan cuts at a module that is not in the model", found=name, allowed=close)
 
     def to_json(self) -> str:
         """The plan as JSON text; bytes and MACs are whole numbers for a batch, times are seconds."""

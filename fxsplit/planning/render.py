@@ -34,9 +34,7 @@ class Report:
     def table(self) -> Table:
         """The table for a rich console; no cell is taken for markup."""
         footer = Text(self.footer, justify="left")
-        table = Table(
-            title=Text(self.title, "bold"), caption=footer, box=box.SIMPLE_HEAD, title_justify="left"
-        )
+        table = Table(title=Text(self.title, "bold"), caption=footer, box=box.SIMPLE_HEAD, title_justify="left")
         for column in self.columns:
             words = column in _WORDS
             table.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
@@ -47,9 +45,7 @@ class Report:
     def text(self) -> str:
         """The table as plain text, at most 120 columns wide, whatever terminal there is."""
         out = StringIO()
-        console = Console(
-            file=out, width=_WIDTH, color_system=None, force_terminal=False, force_jupyter=False
-        )
+        console = Console(file=out, width=_WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
         console.print(self.table())
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 

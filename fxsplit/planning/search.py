@@ -93,9 +93,7 @@ def _balanced(problem: Problem) -> tuple[int, ...]:
     rates = [1.0 / seconds_per_mac(placement) for placement in problem.placements]
     macs = [0, *accumulate(node.forward_macs for node in problem.costs.nodes)]
     shares = list(accumulate(rates))
-    return _nearby(
-        problem.positions, [bisect_left(macs, macs[-1] * share / shares[-1]) for share in shares[:-1]]
-    )
+    return _nearby(problem.positions, [bisect_left(macs, macs[-1] * share / shares[-1]) for share in shares[:-1]])
 
 
 def _evenly(problem: Problem) -> tuple[int, ...]:

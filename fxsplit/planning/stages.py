@@ -65,9 +65,7 @@ class Stages:
             for target in dict.fromkeys(self._user(consumer) for consumer in value.consumers):
                 if target != source:
                     edges.append(codecs.edge(value, source, target, self.workers))
-        return tuple(
-            sorted(edges, key=lambda edge: (edge.source, edge.target))
-        )  # stable: values in their order
+        return tuple(sorted(edges, key=lambda edge: (edge.source, edge.target)))  # stable: values in their order
 
     def parts(self, edges: Iterable[Edge]) -> tuple[Part, ...]:
         """What each stage holds and costs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,9 +14,10 @@ from torch.utils import _pytree as pytree
 
 from fxsplit.errors import FxsplitError, InputError, PlanError, TraceError, nearest
 from fxsplit.trace.activations import all_parameters_differentiable
-from fxsplit.trace.call import Arguments, CallLayout, ExampleInputs, batch_size, resample
+from fxsplit.trace.call import Arguments, CallLayout, ExampleInputs, batch_size, is_batched, resample
 from fxsplit.trace.patches import watch_model, without_cache
 from fxsplit.trace.recorder import CONSTANT_PREFIX, Recorder
+from fxsplit.trace.replay import Surroundings
 from fxsplit.trace.traced import (
     OutputLayout,
     TracedGraph,
@@ -23,7 +26,7 @@ from fxsplit.trace.traced import (
     make_graph_module,
     mode_name,
 )
-from fxsplit.trace.verify import compare_runs, other_masks, other_samples, undisturbed
+from fxsplit.trace.verify import compare, observe_model, other_masks, other_samples, undisturbed
 
 __all__ = [
     "Arguments",
@@ -58,6 +61,7 @@ def trace(
     cuts: Iterable[str] = (),
     opened: Iterable[str] = (),
     verify: bool = True,
+    exact: bool = False,
 ) -> TracedModel:
     """Traces a model by running it, and checks the result against the model.
 
@@ -73,6 +77,7 @@ def trace(
         opened: further modules to record operation by operation.
         verify: compare graph and model bit for bit on other samples, another batch size and turned padding
             masks, in both modes.
+        exact: record the example's batch itself, not two samples of it, and in the model's present mode alone.
 
     Returns:
         the traced model: callable as the model is.
@@ -84,14 +89,14 @@ def trace(
     """
     check_module(model)
     check_names(model, [*cuts, *opened])
-    call, samples = two_samples(model, Arguments.of(example_inputs))
+    call, samples = (checked_call if exact else two_samples)(model, Arguments.of(example_inputs))
     open_names = ancestors(cuts) | ancestors(opened) | frozenset(opened)
     graphs: dict[bool, TracedGraph] = {}
     notes: list[str] = []
     with without_cache(model) as cached:
         if cached:
             notes.append("use_cache is off: a pipelined forward returns no key-value cache")
-        for training in (model.training, not model.training):
+        for training in (model.training,) if exact else (model.training, not model.training):
             try:
                 graphs[training] = _trace_mode(model, call, samples, training, open_names, verify)
             except Exception as error:
@@ -99,6 +104,9 @@ def trace(
                     raise
                 notes.append(f"not traced in {mode_name(training)} mode: {error}")
     return TracedModel(model, call, _shared(graphs), tuple(notes))
+
+
+_recordings = itertools.count()
 
 
 def _trace_mode(
@@ -109,7 +117,7 @@ def _trace_mode(
     opened: frozenset[str],
     verify: bool,
 ) -> TracedGraph:
-    recorder = Recorder(model, opened, mode_name(training))
+    recorder = Recorder(model, opened, str(next(_recordings)))
     for name, leaf in zip(call.names, leaves, strict=True):
         if isinstance(leaf, Tensor):
             recorder.placeholder(name, leaf)
@@ -128,16 +136,17 @@ def _trace_mode(
     module = make_graph_module(model, recorder.graph, recorder.constants, type(model).__name__)
     points = {name: node.name for name, node in recorder.first_calls.items() if name and not node._erased}
     traced = TracedGraph(module, points, OutputLayout(structure, (None,) * len(output_leaves)))
-    if verify:
-        compare_runs(model, call, traced, training, leaves, "the example's batch", recorder.reads)
     others = other_samples(leaves)
+    grown = observe_model(model, call, training, others)
     if verify:
-        compare_runs(model, call, traced, training, others, "another batch of 3 samples", recorder.reads)
+        cases = [("the example's batch", leaves, observe_model(model, call, training, leaves))]
+        cases.append(("another batch", others, grown))
         if (masks := other_masks(call, others)) is not None:
-            compare_runs(model, call, traced, training, masks, "another padding mask", recorder.reads)
-    return TracedGraph(
-        module, points, OutputLayout(structure, _batch_dims(model, traced, training, output_leaves, others))
-    )
+            cases.append(("another padding mask", masks, observe_model(model, call, training, masks)))
+        for what, inputs, expected in cases:
+            compare(model, traced, training, inputs, expected, what, recorder.reads)
+    dims = _batch_dims(output_leaves, batch_size(leaves), grown.outputs if grown else None)
+    return TracedGraph(module, points, OutputLayout(structure, dims))
 
 
 def run_model(model: nn.Module, call: CallLayout, leaves: Sequence[Any]) -> Any:
@@ -169,15 +178,13 @@ def _own_line(error: BaseException) -> str:
     return line
 
 
-def _batch_dims(
-    model: nn.Module, traced: TracedGraph, training: bool, leaves: Sequence[Any], others: Sequence[Any]
-) -> tuple[int | None, ...]:
-    """Which dimension of each output grows from the example's two samples to the other batch's three."""
-    with undisturbed(model, training), torch.no_grad():
-        grown = traced.module(*(v for v in others if isinstance(v, Tensor)))
+def _batch_dims(leaves: Sequence[Any], samples: int, grown: Sequence[Any] | None) -> tuple[int | None, ...]:
+    """Which dimension of each output grows with the batch; where no other batch ran, the first of its size."""
+    if grown is None or len(grown) != len(leaves):
+        return tuple(0 if isinstance(leaf, Tensor) and is_batched(leaf, samples) else None for leaf in leaves)
     return tuple(
         next((d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), None)
-        if isinstance(a, Tensor)
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() == b.dim()
         else None
         for a, b in zip(leaves, grown, strict=True)
     )
@@ -213,18 +220,16 @@ def _shared(graphs: dict[bool, TracedGraph]) -> dict[bool, TracedGraph]:
 
 
 def _same_graph(one: GraphModule, two: GraphModule) -> bool:
-    codes = [
-        m.code.replace(f"{CONSTANT_PREFIX}{mode}_", CONSTANT_PREFIX)
-        for m in (one, two)
-        for mode in ("train", "eval")
-    ]
-    if not {codes[0], codes[1]} & {codes[2], codes[3]}:
+    codes = [re.sub(rf"{CONSTANT_PREFIX}\d+_", CONSTANT_PREFIX, module.code) for module in (one, two)]
+    if codes[0] != codes[1]:
         return False
     constants = [list(constants_of(m, m.graph).values()) for m in (one, two)]
-    return all(a is b or _equal_tensors(a, b) for a, b in zip(*constants, strict=True))
+    return all(a is b or _equal(a, b) for a, b in zip(*constants, strict=True))
 
 
-def _equal_tensors(a: Any, b: Any) -> bool:
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Surroundings):
+        return bool(a == b)
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
 
 
@@ -265,14 +270,23 @@ def two_samples(model: nn.Module, example: Arguments) -> tuple[CallLayout, list[
     """The way of calling the model, and its inputs for a batch of two samples of the example.
 
     Raises:
+        InputError: as in `checked_call`.
+    """
+    call, leaves = checked_call(model, example)
+    return call, resample(leaves, [i % batch_size(leaves) for i in range(2)])
+
+
+def checked_call(model: nn.Module, example: Arguments) -> tuple[CallLayout, list[Any]]:
+    """The way of calling the model, and its inputs.
+
+    Raises:
         InputError: the example does not fit the model, is empty, or is on another device than the model.
     """
     call, leaves = CallLayout.of(model, example)
     _check_devices(model, call, leaves)
-    samples = batch_size(leaves)
-    if samples == 0:
+    if batch_size(leaves) == 0:
         raise InputError("the batch is empty", found="0 samples", allowed="at least one sample")
-    return call, resample(leaves, [i % samples for i in range(2)])
+    return call, leaves
 
 
 def _check_devices(model: nn.Module, call: CallLayout, leaves: Sequence[Any]) -> None:

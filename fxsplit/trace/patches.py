@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fxsplit.trace import replay
 from fxsplit.trace.recorder import Recorder
+from fxsplit.trace.sizes import SizeInt
 
 # Modules of transformers whose functions build masks under vmap: each call is kept as one node.
 MASK_MODULES = ("transformers.masking_utils", "transformers.modeling_attn_mask_utils")
@@ -35,8 +36,9 @@ def watch_model(recorder: Recorder, model: nn.Module) -> Iterator[None]:
         for namespace, name, function in _leaf_functions(model):
             stack.enter_context(mock.patch.dict(namespace, {name: _leaf(recorder, function)}))
         for namespace in _namespaces(model):
-            if "len" not in namespace:
-                stack.enter_context(mock.patch.dict(namespace, {"len": _length(recorder)}))
+            watched = {"len": _length(recorder), "range": _range}
+            own = {name: function for name, function in watched.items() if name not in namespace}
+            stack.enter_context(mock.patch.dict(namespace, own))
         stack.enter_context(recorder)
         yield
 
@@ -100,6 +102,11 @@ def _length(recorder: Recorder) -> Callable[[Any], int]:
         return builtins.len(value)
 
     return length
+
+
+def _range(*bounds: int) -> range:
+    """A loop over a size is unrolled, so the graph holds for that size alone."""
+    return range(*(bound.freeze() if isinstance(bound, SizeInt) else bound for bound in bounds))
 
 
 def _namespaces(model: nn.Module) -> list[dict[str, Any]]:

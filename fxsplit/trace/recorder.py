@@ -31,8 +31,11 @@ from fxsplit.trace.sizes import SizeInt, plain
 _LITERALS: tuple[type, ...] = (bool, int, float, complex, str, type(None), type(Ellipsis))
 _LITERALS += (torch.dtype, torch.device, torch.memory_format, torch.layout)
 
-# What these return is read by Python and so becomes part of the graph as a constant.
-_READS = frozenset({"__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy"})
+# What these return is read by Python: a whole number is followed, anything else is guarded.
+_READS = frozenset({"__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist"})
+_READS |= {"equal", "allclose", "is_nonzero"}
+# These return as many tensors as the size of a dimension says.
+_UNBINDS = frozenset({"unbind", "split", "chunk", "tensor_split"})
 
 # Methods that torch wraps in Python functions: found by identity, since their names may differ.
 _TENSOR_METHODS = {
@@ -42,8 +45,8 @@ _TENSOR_METHODS = {
 }
 _METHOD_TYPES = (types.MethodDescriptorType, types.WrapperDescriptorType)
 
-# Attributes of a traced graph that are no parameters or buffers of the model; the mode's name follows, since
-# the graphs of both modes share one module tree.
+# Attributes of a traced graph that are no parameters or buffers of the model; the recording's number follows,
+# since the graphs of all recordings share one module tree.
 CONSTANT_PREFIX = "_constant_"
 
 _HIDDEN_FRAMES = ("torch.", "fxsplit.", "contextlib", "functools")
@@ -69,7 +72,7 @@ class Recorder(TorchFunctionMode):
         graph: the graph; its placeholders are the call's tensor leaves.
         constants: graph attribute -> tensor or object that the model used and that is no parameter of it.
         first_calls: module name -> the first node recorded in its first call.
-        reads: source lines where Python read a tensor's value: control flow that the graph cannot follow.
+        reads: source lines where Python read a tensor's value or froze a size.
     """
 
     def __init__(self, model: nn.Module, opened: frozenset[str], label: str) -> None:
@@ -89,6 +92,8 @@ class Recorder(TorchFunctionMode):
         self._nodes: dict[int, Node] = {}
         self._alive: dict[int, Any] = {}  # weak references to tensors, and other objects themselves
         self._attribute_nodes: dict[str, Node] = {}
+        self._sizes: dict[Any, Node] = {}
+        self._guarded: set[Node] = set()
         self._stack: list[str] = []
         self._entered: list[str] = []
         self._surroundings = replay.Surroundings.current()
@@ -106,8 +111,22 @@ class Recorder(TorchFunctionMode):
             self._entered.clear()
         return node
 
-    def _emit_size(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node | None:
-        return self.emit("call_function", function, args) if self.recording else None
+    def record_size(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node | None:
+        """Writes a calculation with sizes, each once; None once recording is over."""
+        if not self.recording:
+            return None
+        key = (function, args)
+        if key not in self._sizes:
+            self._sizes[key] = self.emit("call_function", function, args)
+        return self._sizes[key]
+
+    def guard(self, node: Node, value: Any) -> None:
+        """Lets the graph refuse a batch for which the node's value is another one."""
+        if self.recording and node not in self._guarded:
+            self._guarded.add(node)
+            line = source_line()
+            self.reads.append(line)
+            self.emit("call_function", replay.check, (node, value, line))
 
     def placeholder(self, name: str, tensor: Tensor) -> None:
         """Adds an input."""
@@ -171,7 +190,9 @@ class Recorder(TorchFunctionMode):
             return {key: self.argument(v) for key, v in value.items()}
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
             values = tuple(self.argument(v) for v in value.values())
-            return self.emit("call_function", replay.make_mapping, (type(value), tuple(value), *values))
+            return self.emit(
+                "call_function", replay.make_mapping, (self._constant(type(value)), tuple(value), *values)
+            )
         return self._constant(value)
 
     def _tensor_argument(self, tensor: Tensor) -> Node:
@@ -283,10 +304,13 @@ class Recorder(TorchFunctionMode):
             return self._shape(args[0], value)
         if name in ("size", "numel", "nelement", "__len__") and type(value) is int:
             node = self.emit("call_method", name, tuple(self.argument(a) for a in args))
-            return SizeInt(value, node, self._emit_size)
+            return SizeInt(value, node, self)
         if name in _READS:
-            self.reads.append(source_line())
-            return value
+            return self._read(func, name, args, kwargs, value)
+        if name == "__iter__":
+            rows = tuple(value)
+            self._record_operation(Tensor.unbind, "unbind", args, kwargs, rows)
+            return iter(rows)
         if name in ("__setitem__", "__delitem__"):
             self.emit("call_function", operator.setitem, tuple(self.argument(a) for a in args))
             return value
@@ -302,7 +326,10 @@ class Recorder(TorchFunctionMode):
         graph_kwargs = {key: self.argument(v) for key, v in kwargs.items()}
         is_method = isinstance(func, _METHOD_TYPES) or getattr(Tensor, name, None) is func
         op, target = ("call_method", name) if is_method else ("call_function", func)
-        self.remember_output(value, self._emit_call(op, target, graph_args, graph_kwargs))
+        node = self._emit_call(op, target, graph_args, graph_kwargs)
+        self.remember_output(value, node)
+        if name in _UNBINDS:
+            self.guard(self.emit("call_function", len, (node,)), len(value))
 
     def _property(self, getter: Any, tensor: Tensor, value: Any) -> Any:
         if isinstance(value, torch.Size):
@@ -316,7 +343,17 @@ class Recorder(TorchFunctionMode):
     def _shape(self, tensor: Tensor, shape: torch.Size) -> torch.Size:
         node = self.emit("call_function", getattr, (self.argument(tensor), "shape"))
         sizes = (self.emit("call_function", operator.getitem, (node, i)) for i in range(len(shape)))
-        return torch.Size([SizeInt(v, n, self._emit_size) for v, n in zip(shape, sizes, strict=True)])
+        return torch.Size([SizeInt(v, n, self) for v, n in zip(shape, sizes, strict=True)])
+
+    def _read(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
+        graph_args = tuple(self.argument(a) for a in args)
+        graph_kwargs = {key: self.argument(v) for key, v in kwargs.items()}
+        op, target = ("call_method", name) if hasattr(Tensor, name) else ("call_function", func)
+        node = self.emit(op, target, graph_args, graph_kwargs)
+        if type(value) is int and name in ("item", "__int__", "__index__"):
+            return SizeInt(value, node, self)
+        self.guard(node, value)
+        return value
 
 
 def _holds_tensor(value: Any) -> bool:

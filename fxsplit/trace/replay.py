@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fxsplit.errors import GuardError
+
 _DEVICE_TYPES = ("cpu", "cuda")
 
 
@@ -47,6 +49,21 @@ def call_in(surroundings: Surroundings, function: Callable[..., Any], *args: Any
     grad = surroundings.grad and torch.is_grad_enabled()  # a caller's no_grad holds inside, too
     with Surroundings(grad, surroundings.autocast).active():
         return function(*args, **kwargs)
+
+
+def check(found: Any, expected: Any, line: str) -> None:
+    """A guard: the recorded way through the model depends on this value.
+
+    Raises:
+        GuardError: it is another one, so that this graph is not the model for this batch.
+    """
+    if found != expected:
+        raise GuardError(
+            "this batch takes another way through the model than the one that was recorded",
+            where=line,
+            found=found,
+            allowed=expected,
+        )
 
 
 def apply_autograd_function(function: type[torch.autograd.Function], *args: Any) -> Any:

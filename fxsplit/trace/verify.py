@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxsplit.errors import TraceError
+from fxsplit.errors import GuardError, TraceError
 from fxsplit.trace.call import CallLayout, batch_size, is_batched, resample
 from fxsplit.trace.traced import TracedGraph, mode_name
 
@@ -37,9 +38,9 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def other_samples(leaves: Sequence[Any]) -> list[Any]:
-    """Another batch: three samples, in another order, with other numbers in the floating point inputs."""
+    """Another batch: one sample more, in another order, with other numbers in the floating point inputs."""
     samples = batch_size(leaves)
-    changed = resample(leaves, [(i + 1) % samples for i in range(3)])
+    changed = resample(leaves, [(i + 1) % samples for i in range(samples + 1)])
     return [v * 0.75 if isinstance(v, Tensor) and v.is_floating_point() else v for v in changed]
 
 
@@ -60,34 +61,56 @@ def other_masks(call: CallLayout, leaves: Sequence[Any]) -> list[Any] | None:
     return changed if found else None
 
 
-def compare_runs(
+@dataclass(frozen=True)
+class Observation:
+    """What one run of a model or graph did: its output leaves, and the buffers after it."""
+
+    outputs: list[Any]
+    buffers: list[Tensor]
+
+
+def observe(model: nn.Module, training: bool, run: Callable[[], Any]) -> Observation:
+    """Runs something over the model's modules, with a fixed seed, and undoes what it did to them."""
+    with undisturbed(model, training), torch.no_grad():
+        outputs = pytree.tree_leaves(run())
+        return Observation(outputs, [buffer.clone() for buffer in model.buffers()])
+
+
+def observe_model(model: nn.Module, call: CallLayout, training: bool, leaves: Sequence[Any]) -> Observation | None:
+    """What the model itself does with these inputs; None if it does not take them."""
+    try:
+        return observe(model, training, lambda: call.call(model, leaves))
+    except Exception:  # whatever the model raises: it is its own judge of what it takes
+        return None
+
+
+def compare(
     model: nn.Module,
-    call: CallLayout,
     traced: TracedGraph,
     training: bool,
     leaves: Sequence[Any],
+    expected: Observation | None,
     what: str,
     reads: Sequence[str],
 ) -> None:
-    """Runs model and graph on the same inputs with the same seed and compares outputs and buffers bit for bit.
+    """Runs the graph as the model was run, and compares outputs and buffers bit for bit.
 
     Raises:
         TraceError: as in `trace`.
     """
-
-    def observe(run: Callable[[], Any]) -> tuple[list[Any], list[Tensor]]:
-        with undisturbed(model, training), torch.no_grad():
-            outputs = pytree.tree_leaves(run())
-            return outputs, [buffer.clone() for buffer in model.buffers()]
-
+    if expected is None:
+        return
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    expected, buffers = observe(lambda: call.call(model, leaves))
-    found, graph_buffers = observe(lambda: traced.output.build(traced.module(*tensors)))
+    try:
+        found = observe(model, training, lambda: traced.output.build(traced.module(*tensors)))
+    except GuardError:
+        return  # the graph says itself that it is not for this batch
     where = f"{type(model).__name__}, {mode_name(training)} mode, {what}"
-    if len(expected) != len(found):
-        raise _differs(where, f"{len(found)} outputs", f"{len(expected)} outputs", reads)
-    for kind, left, right in (("output", expected, found), ("buffer", buffers, graph_buffers)):
-        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+    if len(expected.outputs) != len(found.outputs):
+        raise _differs(where, f"{len(found.outputs)} outputs", f"{len(expected.outputs)} outputs", reads)
+    for kind in ("output", "buffer"):
+        pairs = zip(getattr(expected, f"{kind}s"), getattr(found, f"{kind}s"), strict=True)
+        for index, (a, b) in enumerate(pairs):
             if difference := _difference(a, b):
                 raise _differs(where, f"{kind} {index} {difference}", "equal bit for bit", reads)
 

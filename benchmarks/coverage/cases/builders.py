@@ -8,6 +8,7 @@ from typing import Any
 import torchvision
 import transformers
 from torch import nn
+from torchvision.models.video.mvit import MViT
 
 from .base import Case, Inputs
 from .inputs import OTHER_LENGTH, images
@@ -73,3 +74,20 @@ def transformers_case(
 def text_case(name: str, family: str, inputs: Inputs, cut: str, **config: Any) -> Case:
     """The same for a model of tokens, which is tried at another length too."""
     return transformers_case(name, family, inputs, cut, other_length=OTHER_LENGTH, **config)
+
+
+def small_mvit(**config: Any) -> Callable[[None], nn.Module]:
+    """The class behind torchvision's mvit models, which are fixed to 16 frames of 224 pixels, smaller."""
+
+    def make(weights: None = None) -> nn.Module:
+        model: nn.Module = MViT(
+            spatial_size=(32, 32),
+            temporal_size=4,
+            residual_with_cls_embed=False,
+            stochastic_depth_prob=0.2,
+            num_classes=10,
+            **config,
+        )
+        return model
+
+    return make

@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-from torch import nn
 from torchvision.models import detection, optical_flow, segmentation, video
-from torchvision.models.video.mvit import MSBlockConfig, MViT
+from torchvision.models.video.mvit import MSBlockConfig
 
-from .builders import vision_case
+from .builders import small_mvit, vision_case
 from .inputs import clips, image_pairs, scenes
 
 
-def _small_mvit(weights: None = None) -> nn.Module:
-    """The class behind mvit_v1_b, which itself is fixed to 16 frames of 224 pixels, in a small configuration."""
-
-    def block(heads: int, inputs: int, outputs: int, strided: bool) -> MSBlockConfig:
-        return MSBlockConfig(
-            num_heads=heads,
-            input_channels=inputs,
-            output_channels=outputs,
-            kernel_q=[3, 3, 3] if strided else [],
-            kernel_kv=[3, 3, 3],
-            stride_q=[1, 2, 2] if strided else [],
-            stride_kv=[1, 2, 2],
-        )
-
-    return MViT(
-        spatial_size=(32, 32),
-        temporal_size=4,
-        block_setting=[
-            block(1, 24, 48, False),
-            block(2, 48, 48, True),
-            block(2, 48, 96, False),
-            block(4, 96, 96, True),
-        ],
-        residual_pool=False,
-        residual_with_cls_embed=False,
-        rel_pos_embed=False,
-        proj_after_attn=False,
-        stochastic_depth_prob=0.2,
-        num_classes=10,
+def _block(heads: int, inputs: int, outputs: int, strided: bool) -> MSBlockConfig:
+    return MSBlockConfig(
+        num_heads=heads,
+        input_channels=inputs,
+        output_channels=outputs,
+        kernel_q=[3, 3, 3] if strided else [],
+        kernel_kv=[3, 3, 3],
+        stride_q=[1, 2, 2] if strided else [],
+        stride_kv=[1, 2, 2],
     )
 
+
+_mvit_v1 = small_mvit(
+    block_setting=[
+        _block(1, 24, 48, False),
+        _block(2, 48, 48, True),
+        _block(2, 48, 96, False),
+        _block(4, 96, 96, True),
+    ],
+    residual_pool=False,
+    rel_pos_embed=False,
+    proj_after_attn=False,
+)
 
 _CLASSIFICATION = (
     vision_case("alexnet", "features.6"),
@@ -79,7 +70,7 @@ _VIDEO = tuple(
     vision_case(name, cut, family="video", function=function, inputs=inputs)
     for name, cut, function, inputs in (
         ("r3d_18", "layer3", video.r3d_18, clips(4, 32)),
-        ("mvit_v1_small", "blocks.2", _small_mvit, clips(4, 32)),
+        ("mvit_v1_small", "blocks.2", _mvit_v1, clips(4, 32)),
         ("swin3d_t", "features.4", video.swin3d_t, clips(4, 64)),
     )
 )

@@ -49,9 +49,7 @@ _ENCODERS = (
         share_att_key=True,
         **ENCODER,
     ),
-    text_case(
-        "XLMRobertaForTokenClassification", "encoder", tokens("tag"), "roberta.encoder.layer.2", **ENCODER
-    ),
+    text_case("XLMRobertaForTokenClassification", "encoder", tokens("tag"), "roberta.encoder.layer.2", **ENCODER),
     text_case(
         "ModernBertForMaskedLM",
         "encoder",

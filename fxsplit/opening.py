@@ -6,7 +6,7 @@ from torch import nn
 
 from fxsplit.analyze import module_macs
 from fxsplit.errors import TraceError
-from fxsplit.trace import Arguments, TracedModel, trace, two_samples
+from fxsplit.trace import Arguments, TracedModel, checked_call, trace, two_samples
 
 OPEN_SHARE = 0.03
 """A module is opened if it has at least this share of the model's MACs: what is smaller is not worth cutting."""
@@ -33,8 +33,8 @@ def trace_for_planning(model: nn.Module, example: Arguments, *, verify: bool = T
 
 def large_modules(model: nn.Module, example: Arguments) -> list[str]:
     """The modules worth opening: large, and with modules of their own inside."""
-    call, samples = two_samples(model, example)
-    macs = module_macs(model, call, samples)
+    call, leaves = checked_call(model, example)
+    macs = module_macs(model, call, two_samples(model, call, leaves))
     least = OPEN_SHARE * max(macs.get("", 0), 1)
     return [
         name

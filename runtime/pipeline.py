@@ -28,7 +28,7 @@ from fxsplit.runtime.transport import Transport
 from fxsplit.split import SplitModel, split
 from fxsplit.stage import Mode
 from fxsplit.trace.call import Arguments, CallLayout, batch_size, is_batched
-from fxsplit.trace.traced import TracedModel
+from fxsplit.trace.traced import TracedModel, mode_name
 
 MAX_VARIANTS = 16
 """Recordings of one model: more than these mean that it decides on the data of nearly every batch."""
@@ -119,9 +119,15 @@ class Pipeline:
         arguments = Arguments(args, kwargs)
         self._check_tensors(arguments)
         call, leaves = CallLayout.of(self._model, arguments)
-        numbers = [n for n, built in enumerate(self._variants) if built.rewritten.call.key() == call.key()]
+        numbers = [
+            number
+            for number, built in enumerate(self._variants)
+            if built.rewritten.call.key() == call.key() and self.training in built.rewritten.graphs
+        ]
         if not numbers:
-            numbers = [self._add_variant(arguments, "it was called in another way")]
+            numbers = [
+                self._add_variant(arguments, f"it was called in another way, in {mode_name(self.training)} mode")
+            ]
         random_state = torch.get_rng_state()
         for number in reversed(numbers):
             try:

@@ -6,6 +6,8 @@ modules by name. This goes over the transport only; nothing of it is ever writte
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import io
 import pickle
 from collections.abc import Sequence
@@ -16,11 +18,27 @@ import torch
 from torch import Tensor, nn
 
 
+def _operator(name: str, overload: str | None) -> Any:
+    namespace, _, operator = name.partition("::")
+    with contextlib.suppress(ImportError):
+        importlib.import_module(namespace)  # a library that brings operators of its own, such as torchvision
+    packet = getattr(getattr(torch.ops, namespace), operator)
+    return packet if overload is None else getattr(packet, overload)
+
+
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
         self.tensors: list[Tensor] = []
         self._indices: dict[int, int] = {}
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Operators go by name: they cannot be pickled themselves."""
+        if isinstance(obj, torch._ops.OpOverloadPacket):
+            return _operator, (obj._qualified_op_name, None)
+        if isinstance(obj, torch._ops.OpOverload):
+            return _operator, (obj.overloadpacket._qualified_op_name, obj._overloadname)
+        return super().reducer_override(obj)
 
     def persistent_id(self, obj: Any) -> tuple[int, bool, bool] | None:
         if not isinstance(obj, Tensor):

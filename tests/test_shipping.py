@@ -59,3 +59,8 @@ def test_functions_of_a_script_travel_by_value() -> None:
     exec("def double(x):\n    return helper(x) * 2\ndef helper(x):\n    return x + 1\n", namespace)
     data, tensors = shipping.dump(namespace["double"])
     assert shipping.load(data, tensors)(3) == 8
+
+
+def test_operators_travel_by_name() -> None:
+    for operator in (torch.ops.aten.add, torch.ops.aten.add.Tensor, torch.ops.torchvision.nms):
+        assert shipping.load(*shipping.dump(operator)) is operator

@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import fxsplit
 from fxsplit.errors import FxsplitError, PlanError, WorkerError
 
 from .cases import Batch, Call, Case
 from .compare import (
+    DOUBLE_TOLERANCE,
+    GRADIENT_TOLERANCE,
     Mismatch,
+    largest_difference,
     loss_of,
-    require_same_gradients,
     require_same_keys,
     require_same_outputs,
     require_same_state,
@@ -46,6 +49,7 @@ SAMPLES = 4
 OTHER_SAMPLES = (2, 6, 1)
 SEED = 7
 MORE_SEEDS = (8, 9, 10, 11)
+TWO_DEVICES = ("cpu", "server/cpu")
 
 
 class Outcome(StrEnum):
@@ -207,7 +211,7 @@ class Examination:
         letters: str,
         training: bool,
         cuts: Sequence[str] | None = (),
-        devices: Sequence[str] = ("cpu", "server/cpu"),
+        devices: Sequence[str] = TWO_DEVICES,
         example: Call | None = None,
     ) -> fxsplit.Pipeline | None:
         """A pipeline, by default cut where the case says; if it cannot be had, the criteria `letters` fail."""
@@ -215,19 +219,19 @@ class Examination:
         self._reference.load_state_dict(self._model.state_dict())
         example = example or self._call(training=training)
         try:
-            return fxsplit.compile(
-                self._model,
-                devices,
-                cuts=[self._case.cut] if cuts == () else cuts,
-                transport="in_process",
-                example_inputs=example.kwargs or example.args,
-            )
+            return self._pipeline(self._model, example, [self._case.cut] if cuts == () else cuts, devices)
         except Exception as error:
             if not (isinstance(error, PlanError) and "fewer places to cut" in error.what):
                 for letter in letters:
                     if letter not in self._inapplicable:
                         self.row.note(letter, outcome_of(error), error)
             return None
+
+    def _pipeline(
+        self, model: nn.Module, example: Call, cuts: Sequence[str] | None, devices: Sequence[str] = TWO_DEVICES
+    ) -> fxsplit.Pipeline:
+        inputs = example.kwargs or example.args
+        return fxsplit.compile(model, devices, cuts=cuts, transport="in_process", example_inputs=inputs)
 
     def _check(self, letter: str, step: Callable[[], None]) -> None:
         if self.row.outcomes.get(letter, Outcome.EXACT).failed:
@@ -263,9 +267,20 @@ class Examination:
         self._check("G", lambda: self._compare_gradients(pipe, found, expected))
 
     def _compare_gradients(self, pipe: Any, found: Any, expected: Any) -> None:
-        for output in (found, expected):
-            loss_of(output).backward()
-        self.row.gradients_exact = require_same_gradients(pipe.gradients(), gradients_of(self._reference))
+        difference = gradient_difference(pipe, found, self._reference, expected)
+        self.row.gradients_exact = difference == 0.0
+        if difference > GRADIENT_TOLERANCE:
+            self._compare_double_gradients(f"gradients differ by {difference:.2g}, relatively")
+
+    def _compare_double_gradients(self, finding: str) -> None:
+        """The step again in double precision, which tells sums in another order from errors."""
+        model = copy.deepcopy(self._model).double().train()
+        reference = without_caches(copy.deepcopy(model))
+        call = in_double(self._call(training=True))
+        with self._pipeline(model, call, [self._case.cut]) as pipe:
+            difference = gradient_difference(pipe, seeded(pipe, call), reference, seeded(reference, call))
+        if difference > DOUBLE_TOLERANCE:
+            raise Mismatch(f"{finding}, and in double precision by {difference:.2g}")
 
 
 def seeded(model: Any, call: Call, seed: int = SEED) -> Any:
@@ -275,9 +290,21 @@ def seeded(model: Any, call: Call, seed: int = SEED) -> Any:
     return model(*call.args, **call.kwargs)
 
 
-def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients that the parameters of a model have, by name."""
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+def gradient_difference(pipe: Any, found: Any, model: nn.Module, expected: Any) -> float:
+    """How much the gradients of all parameters differ after a step back from both outputs."""
+    for output in (found, expected):
+        loss_of(output).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return largest_difference(pipe.gradients(), gradients)
+
+
+def in_double(call: Call) -> Call:
+    """The same call with every floating point tensor in double precision."""
+
+    def convert(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return Call(pytree.tree_map(convert, call.args), pytree.tree_map(convert, call.kwargs))
 
 
 def without_padding(call: Call) -> Call | None:

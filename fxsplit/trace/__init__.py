@@ -26,7 +26,7 @@ from fxsplit.trace.traced import (
     make_graph_module,
     mode_name,
 )
-from fxsplit.trace.verify import compare, observe_model, other_masks, other_samples, undisturbed
+from fxsplit.trace.verify import compare, observe_model, other_masks, other_numbers, other_samples, undisturbed
 
 __all__ = [
     "Arguments",
@@ -38,6 +38,7 @@ __all__ = [
     "ancestors",
     "check_module",
     "check_names",
+    "checked_call",
     "run_model",
     "trace",
     "two_samples",
@@ -89,7 +90,9 @@ def trace(
     """
     check_module(model)
     check_names(model, [*cuts, *opened])
-    call, samples = (checked_call if exact else two_samples)(model, Arguments.of(example_inputs))
+    call, samples = checked_call(model, Arguments.of(example_inputs))
+    if not exact:
+        samples = two_samples(model, call, samples)
     open_names = ancestors(cuts) | ancestors(opened) | frozenset(opened)
     graphs: dict[bool, TracedGraph] = {}
     notes: list[str] = []
@@ -141,6 +144,9 @@ def _trace_mode(
     if verify:
         cases = [("the example's batch", leaves, observe_model(model, call, training, leaves))]
         cases.append(("another batch", others, grown))
+        if grown is None:
+            numbers = other_numbers(leaves)
+            cases.append(("other numbers", numbers, observe_model(model, call, training, numbers)))
         if (masks := other_masks(call, others)) is not None:
             cases.append(("another padding mask", masks, observe_model(model, call, training, masks)))
         for what, inputs, expected in cases:
@@ -266,14 +272,13 @@ def check_names(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
-def two_samples(model: nn.Module, example: Arguments) -> tuple[CallLayout, list[Any]]:
-    """The way of calling the model, and its inputs for a batch of two samples of the example.
+def two_samples(model: nn.Module, call: CallLayout, leaves: Sequence[Any]) -> list[Any]:
+    """Inputs for a batch of two samples of this one.
 
-    Raises:
-        InputError: as in `checked_call`.
+    A model whose inputs are not cut along dimension 0, such as a list of images, gets them as they are.
     """
-    call, leaves = checked_call(model, example)
-    return call, resample(leaves, [i % batch_size(leaves) for i in range(2)])
+    fewer = resample(leaves, [i % batch_size(leaves) for i in range(2)])
+    return fewer if observe_model(model, call, model.training, fewer) is not None else list(leaves)
 
 
 def checked_call(model: nn.Module, example: Arguments) -> tuple[CallLayout, list[Any]]:

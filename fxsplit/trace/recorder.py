@@ -258,7 +258,12 @@ class Recorder(TorchFunctionMode):
         graph_kwargs = {name: self.argument(value) for name, value in kwargs.items()}
         with self.paused():
             value = function(*(plain(a) for a in args), **{k: plain(v) for k, v in kwargs.items()})
-        self.remember_output(value, self._emit_call(op, target, graph_args, graph_kwargs))
+        node = self._emit_call(op, target, graph_args, graph_kwargs)
+        self.remember_output(value, node)
+        found = replay.literals(value)
+        if not isinstance(value, Tensor) and _holds_literal(found):
+            # Python may decide on these, or hand them on: the graph holds for what they were.
+            self.guard(self.emit("call_function", replay.literals, (node,)), found)
         return value
 
     def _emit_call(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
@@ -354,6 +359,14 @@ class Recorder(TorchFunctionMode):
             return SizeInt(value, node, self)
         self.guard(node, value)
         return value
+
+
+def _holds_literal(found: Any) -> bool:
+    if isinstance(found, list):
+        return any(_holds_literal(item) for item in found)
+    if isinstance(found, dict):
+        return any(_holds_literal(item) for item in found.values())
+    return not isinstance(found, str)
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -66,6 +66,22 @@ def check(found: Any, expected: Any, line: str) -> None:
         )
 
 
+def literals(value: Any) -> Any:
+    """What a call returned, every tensor and object replaced by its kind: the part that Python can decide on."""
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if isinstance(value, tuple | list):
+        return [literals(item) for item in value]
+    if isinstance(value, dict):
+        return {key: literals(item) for key, item in value.items()}
+    if isinstance(value, torch.Tensor) or not hasattr(value, "__dict__"):
+        return type(value).__name__
+    return [
+        type(value).__name__,
+        {name: literals(v) for name, v in vars(value).items() if not name.startswith("_")},
+    ]
+
+
 def apply_autograd_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Calls a user's own autograd function."""
     return function.apply(*args)

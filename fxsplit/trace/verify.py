@@ -40,8 +40,12 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
 def other_samples(leaves: Sequence[Any]) -> list[Any]:
     """Another batch: one sample more, in another order, with other numbers in the floating point inputs."""
     samples = batch_size(leaves)
-    changed = resample(leaves, [(i + 1) % samples for i in range(samples + 1)])
-    return [v * 0.75 if isinstance(v, Tensor) and v.is_floating_point() else v for v in changed]
+    return other_numbers(resample(leaves, [(i + 1) % samples for i in range(samples + 1)]))
+
+
+def other_numbers(leaves: Sequence[Any]) -> list[Any]:
+    """The same batch with other numbers in the floating point inputs."""
+    return [leaf * 0.75 if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
 
 
 def other_masks(call: CallLayout, leaves: Sequence[Any]) -> list[Any] | None:

@@ -40,7 +40,7 @@ _ENCODERS = (
     _encoder("LayoutLMForTokenClassification", "layoutlm.encoder.layer.2", "tag"),
     _encoder("MobileBertForMaskedLM", "mobilebert.encoder.layer.2", embedding_size=16, intra_bottleneck_size=16),
     _encoder("FNetForMaskedLM", "fnet.encoder.layer.2", without="num_attention_heads"),
-    _encoder("SqueezeBertForMaskedLM", "transformer.encoder.layers.2", embedding_size=32),
+    _encoder("SqueezeBertForMaskedLM", "transformer.encoder.layers.2.attention", embedding_size=32),
     _encoder("IBertForMaskedLM", "ibert.encoder.layer.2"),
     _encoder("MegatronBertForMaskedLM", "bert.encoder.layer.2"),
     _encoder("RemBertForMaskedLM", "rembert.encoder.layer.2", input_embedding_size=16, output_embedding_size=24),

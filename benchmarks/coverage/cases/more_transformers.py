@@ -32,7 +32,7 @@ _VISION = (
     _vision("Dinov2ForImageClassification", "dinov2.encoder.layer.2", **{**VISION, "mlp_ratio": 2}),
     _vision("ConvNextForImageClassification", "convnext.encoder.stages.2", drop_path_rate=0.1, **_STAGES),
     _vision("ResNetForImageClassification", "resnet.encoder.stages.2", embedding_size=16, **_STAGES),
-    _vision("PoolFormerForImageClassification", "poolformer.encoder.block.2", **_STAGES),
+    _vision("PoolFormerForImageClassification", "poolformer.encoder.block.2.1", **_STAGES),
     _vision(
         "Swinv2ForImageClassification",
         "swinv2.encoder.layers.1",

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +28,8 @@ from fxsplit.planning import Plan, parse_devices
 from fxsplit.planning import plan as make_plan
 from fxsplit.planning.planner import SAME
 from fxsplit.planning.units import format_bytes, format_macs
-from fxsplit.trace import trace
+from fxsplit.trace import TracedModel, trace
+from fxsplit.trace_report import report
 
 _PLAN_PANEL, _OUTPUT_PANEL = "Plan", "Output"
 
@@ -181,7 +182,7 @@ def analyze(
             plots.check_picture_path(plot)
         # Whatever the model's own code prints, standard output is for the result alone.
         with redirect_stdout(sys.stderr), Console(stderr=True).status(f"analyzing {model}"):
-            costs, notes = _costs_of(model, shapes, names, training, verify)
+            _, costs, notes = _traced_costs_of(model, shapes, names, training, verify)
             _check_chunks(chunks, costs.batch_size)
             plan = make_plan(
                 costs,
@@ -200,10 +201,28 @@ def analyze(
             _print_plan(costs, plan, mode, notes, plot)
 
 
-def _costs_of(
+@app.command(
+    "trace",
+    epilog="Examples:\n\n"
+    "fxsplit trace transformers:roberta -i 32,128 --cuts encoder.layer.6\n\n"
+    "fxsplit trace model.py --cuts features.3 --eval",
+)
+def trace_command(
+    model: _Model, inputs: _Inputs = None, cuts: _Cuts = None, training: _Training = True, verify: _Verify = True
+) -> None:
+    """Show how a model is traced: what is opened, verified and guarded, and what crosses each cut."""
+    with _errors_as_exit_status():
+        shapes = parse_inputs(inputs or ())
+        names = _list(cuts) if cuts and cuts.strip() else None
+        with redirect_stdout(sys.stderr), Console(stderr=True).status(f"tracing {model}"):
+            traced, costs, notes = _traced_costs_of(model, shapes, names, training, verify)
+        Console().print(report(replace(traced, notes=tuple(notes)), costs, names or (), verify))
+
+
+def _traced_costs_of(
     source: str, shapes: Sequence[InputShape], cuts: Sequence[str] | None, training: bool, verify: bool
-) -> tuple[CostTable, list[str]]:
-    """What the model costs, and what the user should know of its trace and of these costs."""
+) -> tuple[TracedModel, CostTable, list[str]]:
+    """The traced model, what it costs, and what the user should know of both."""
     model, example = load_model(source, shapes)
     model.train(training)
     if cuts is None:
@@ -213,7 +232,7 @@ def _costs_of(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         costs = analyze_costs(traced, example)
-    return costs, [*traced.notes, *dict.fromkeys(str(warning.message) for warning in caught)]
+    return traced, costs, [*traced.notes, *dict.fromkeys(str(warning.message) for warning in caught)]
 
 
 def _check_chunks(chunks: int, samples: int) -> None:

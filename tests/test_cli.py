@@ -233,3 +233,32 @@ def test_inputs_as_people_write_them() -> None:
 def test_malformed_inputs(text: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         parse_inputs([text])
+
+
+def test_trace_shows_what_was_opened_guarded_and_crosses(tmp_path: Path) -> None:
+    """The cut's values with their bytes; the lines on which the graph depends."""
+    source = tmp_path / "deciding.py"
+    source.write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)\n"
+        "    def forward(self, x):\n"
+        "        y = self.a(x)\n"
+        "        return self.b(y * 2 if len(x) > 100 else y)\n"
+        "model, example_inputs = Net(), torch.ones(6, 4)\n"
+    )
+    status, out, err = run("trace", source, "--cuts", "b")
+    assert status == 0, err
+    for words in (
+        "Net, traced by the recorder",
+        "crosses the cut at b",
+        "float32[6, 4]",
+        "96 B",
+        "in forward",
+        "False",
+    ):
+        assert words in out, out
+    status, _, err = run("trace", source, "--cuts", "c")
+    assert status == 1 and "no module of that name" in err

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,8 @@ import typer
 from rich.console import Console
 
 from .cases import GROUPS
-from .report import failures, line, markdown_table, terminal_table, totals
+from .harness import Row
+from .report import failures, line, terminal_table, totals, update_readme
 from .runner import load, run, save, worse
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -29,7 +31,9 @@ def main(
     check: Annotated[
         bool, typer.Option("--check", help="Fail if a row is worse than in the results of the repository.")
     ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as the README has it.")] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Put what was found into the results and README of the repository.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print the tracebacks of failures.")] = False,
 ) -> None:
     """Examine the models and print a table: one row a model, one column a criterion."""
@@ -49,18 +53,28 @@ def main(
         if verbose:
             for letter, text in row.tracebacks.items():
                 console.print(f"--- {row.name} {letter}\n{text}", markup=False)
-    order = [case.name for case in cases]
-    rows.sort(key=lambda row: order.index(row.name))
-    console.print(markdown_table(rows) if markdown else terminal_table(rows))
+    rows = in_order(rows)
+    console.print(terminal_table(rows))
     console.print(totals(rows))
     console.print(failures(rows), markup=False)
     if out is not None:
         save(out, rows, _about())
+    before = load(RESULTS) if RESULTS.exists() else {}
+    lines = [text for row in rows if row.name in before for text in worse(row, before[row.name])]
+    if update:
+        merged = {**before, **{row.name: row for row in rows}}
+        save(RESULTS, in_order(merged.values()), _about())
+        found = {name: [merged[c.name] for c in members if c.name in merged] for name, members in GROUPS.items()}
+        update_readme(RESULTS.with_name("README.md"), found)
     if check:
-        before = load(RESULTS)
-        lines = [text for row in rows if row.name in before for text in worse(row, before[row.name])]
         console.print("\n".join(lines) or "no row got worse", markup=False)
         raise typer.Exit(1 if lines else 0)
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Rows in the order of the cases; those of cases that are no more are left out."""
+    by_name = {row.name: row for row in rows}
+    return [by_name[case.name] for members in GROUPS.values() for case in members if case.name in by_name]
 
 
 def _about() -> dict[str, str]:

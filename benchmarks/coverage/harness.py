@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -115,7 +116,8 @@ def first_lines(error: BaseException) -> str:
         lines = [lines[0], *(line for line in lines[1:] if line.startswith(("where:", "found:")))]
     else:
         lines = lines[:1]
-    return f"{type(error).__name__}: {'; '.join(lines)}"[:400]
+    text = f"{type(error).__name__}: {'; '.join(lines)}"
+    return re.sub(r'File "[^"]*/site-packages/', 'File "', text)[:400]
 
 
 def outcome_of(error: BaseException) -> Outcome:

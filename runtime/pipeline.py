@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
-from fxsplit.errors import GuardError, InputError, PipelineError, nearest
+from fxsplit.errors import GuardError, PipelineError, nearest
 from fxsplit.planning import Placement, Plan
 from fxsplit.runtime.autograd import differentiable_forward
+from fxsplit.runtime.batches import check_batch, cut_batch
 from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.gradients import Gradients
 from fxsplit.runtime.metrics import Metrics
@@ -27,7 +27,7 @@ from fxsplit.runtime.training_state import TrainingState
 from fxsplit.runtime.transport import Transport
 from fxsplit.split import SplitModel, split
 from fxsplit.stage import Mode
-from fxsplit.trace.call import Arguments, CallLayout, batch_size, is_batched
+from fxsplit.trace.call import Arguments, CallLayout, batch_size
 from fxsplit.trace.traced import TracedModel, mode_name
 
 MAX_VARIANTS = 16
@@ -117,7 +117,7 @@ class Pipeline:
         """
         self._require_open()
         arguments = Arguments(args, kwargs)
-        self._check_tensors(arguments)
+        check_batch(arguments, torch.device(self._placements[0].device), self._chunks)
         call, leaves = CallLayout.of(self._model, arguments)
         numbers = [
             number
@@ -135,7 +135,7 @@ class Pipeline:
             except GuardError as error:
                 refusal = error
                 torch.set_rng_state(random_state)
-        tensors = _cut(leaves, batch_size(leaves), self._chunks)[refusal.micro_batch or 0]
+        tensors = cut_batch(leaves, batch_size(leaves), self._chunks)[refusal.micro_batch or 0]
         number = self._add_variant(Arguments(*call.arguments(tensors)), f"of {refusal.where}")
         try:
             return self._run(number, leaves)
@@ -153,7 +153,8 @@ class Pipeline:
         mode = Mode(number, self.training)
         samples = batch_size(leaves)
         chunks = [
-            [leaf for leaf in chunk if isinstance(leaf, Tensor)] for chunk in _cut(leaves, samples, self._chunks)
+            [leaf for leaf in chunk if isinstance(leaf, Tensor)]
+            for chunk in cut_batch(leaves, samples, self._chunks)
         ]
         sizes = [samples // self._chunks + (i < samples % self._chunks) for i in range(self._chunks)]
         if torch.is_grad_enabled():
@@ -204,29 +205,6 @@ class Pipeline:
         finally:
             self._model.load_state_dict(before)
             self._model.train(training)
-
-    def _check_tensors(self, arguments: Arguments) -> None:
-        client = torch.device(self._placements[0].device)
-        named, _ = pytree.tree_flatten_with_path((arguments.args, dict(arguments.kwargs)))
-        tensors = [(pytree.keystr(path[1:]), leaf) for path, leaf in named if isinstance(leaf, Tensor)]
-        for name, tensor in tensors:
-            if not _same_device(tensor.device, client):
-                raise InputError(
-                    f"input {name} is on another device than the client",
-                    found=str(tensor.device),
-                    allowed=f"{client} (the first of the devices)",
-                    hint=f"pass it with .to('{client}')",
-                )
-        samples = batch_size([tensor for _, tensor in tensors])
-        if samples == 0:
-            raise InputError("the batch is empty", found="0 samples", allowed=f"at least {self._chunks}")
-        if samples < self._chunks:
-            raise InputError(
-                "the batch has fewer samples than chunks",
-                found=f"{samples} samples",
-                allowed=f"at least {self._chunks}, one for each chunk",
-                hint="drop the last batch (drop_last=True), or compile with fewer chunks",
-            )
 
     # ------------------------------------------------------------------ as a module
 
@@ -381,15 +359,6 @@ class Pipeline:
         return self._variants[0]
 
 
-def _cut(leaves: Sequence[Any], samples: int, chunks: int) -> list[list[Any]]:
-    """The inputs of each micro-batch; sizes differ by at most one, the larger ones first."""
-    columns = [
-        list(torch.tensor_split(leaf, chunks)) if is_batched(leaf, samples) and chunks > 1 else [leaf] * chunks
-        for leaf in leaves
-    ]
-    return [list(row) for row in zip(*columns, strict=True)]
-
-
 def _canonical_names(model: nn.Module) -> dict[str, str]:
     """Every name of a parameter or buffer -> the first name of the same tensor."""
     first: dict[int, str] = {}
@@ -404,10 +373,6 @@ def _homes(plan: Plan, split_model: SplitModel, canonical: Mapping[str, str]) ->
         for name, _ in stage.named_parameters(remove_duplicate=False):
             homes.setdefault(canonical[name], {})[worker] = None
     return {name: tuple(workers) for name, workers in homes.items()}
-
-
-def _same_device(one: torch.device, two: torch.device) -> bool:
-    return one.type == two.type and (one.index or 0) == (two.index or 0)
 
 
 def _copied(value: Any) -> Any:

@@ -1,0 +1,106 @@
+"""Other ways through a model, recorded when they come."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxsplit
+from tests.comparison import (
+    CHAIN2,
+    TRANSPORTS,
+    assert_same_state,
+)
+
+
+class Decides(nn.Module):
+    """Ways through the model that depend on data, on sizes and on optional arguments; batch norm has a memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.second = nn.Linear(4, 4)
+        self.extra = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, double: bool = False) -> Tensor:
+        y = self.first(x)
+        if y.mean() > 100 or x.sum() > 50:
+            y = self.extra(y)
+        if x.shape[0] > 6:
+            y = y * 2
+        for row in range(x.shape[1] - 3):
+            y = y + row
+        y = self.second(y)
+        y = y if bias is None else y + bias
+        return y * 2 if double else y  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_other_ways_through_the_model_are_recorded_when_they_come(transport: str) -> None:
+    """Each is said once; weights, buffers, gradients and optimizer states stay those of the unsplit model."""
+    model = Decides()
+    reference = copy.deepcopy(model)
+    small, large, many = torch.rand(4, 4), torch.rand(4, 4) * 20, torch.rand(8, 4)
+    bias = torch.ones(4)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((small,), {}),
+        ((large,), {}),
+        ((many,), {}),
+        ((small, bias), {}),
+        ((small,), {"bias": bias, "double": True}),
+    ]
+    with fxsplit.compile(model, CHAIN2, cuts=["second"], transport=transport) as pipe:
+        optimizer = pipe.optimizer(torch.optim.SGD, lr=1e-4, momentum=0.9)
+        plain = torch.optim.SGD(reference.parameters(), lr=1e-4, momentum=0.9)
+        for turn in range(2):
+            for number, (args, kwargs) in enumerate(calls):
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    output = pipe(*args, **kwargs)
+                said = [str(w.message) for w in caught if "traced again" in str(w.message)]
+                assert len(said) == (turn == 0 and number > 0), said
+                expected = reference(*args, **kwargs)
+                assert torch.equal(output, expected)
+                output.square().sum().backward()
+                expected.square().sum().backward()
+                if number % 2:  # every other step leaves gradients to be carried over
+                    for each in (optimizer, plain):
+                        each.step()
+                        each.zero_grad()
+        assert_same_state(pipe, reference)
+
+
+def test_ways_that_differ_within_a_batch_are_refused() -> None:
+    mixed = torch.cat([torch.rand(2, 4), torch.rand(2, 4) * 50])
+    with fxsplit.compile(Decides().eval(), CHAIN2, cuts=["second"], chunks=2, transport="in_process") as pipe:
+        pipe(torch.rand(4, 4))
+        with (
+            pytest.warns(UserWarning, match="traced again"),
+            pytest.raises(fxsplit.FxsplitError, match="chunks=1"),
+        ):
+            pipe(mixed)
+
+
+class Endless(nn.Module):
+    """Decides on a number of each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x) * x.max().item())  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:Endless is traced again")
+def test_a_graph_for_every_batch_is_refused_with_its_line() -> None:
+    with fxsplit.compile(Endless(), CHAIN2, cuts=["second"], transport="in_process") as pipe:
+        with pytest.raises(fxsplit.FxsplitError, match="nearly every batch") as caught:
+            for _ in range(40):
+                pipe(torch.rand(4, 4))
+        assert "test_ways.py" in str(caught.value)

@@ -21,8 +21,9 @@ from fxsplit.planning.planner import SAME
 from fxsplit.runtime.pipeline import Built, Pipeline
 from fxsplit.runtime.transports import transport as find_transport
 from fxsplit.schedules import schedule as find_schedule
-from fxsplit.trace import ExampleInputs, check_module, check_names, trace
+from fxsplit.trace import ExampleInputs, TracedModel, check_module, check_names, trace
 from fxsplit.trace.call import Arguments
+from fxsplit.verify_split import verify_split
 
 
 def compile(
@@ -82,7 +83,7 @@ def compile(
         example = _on_model(model, arguments, placements[0].device)
         if first is not None:
             traced = trace(model, example, cuts=first.cut_names, verify=verify, exact=True)
-            return Built(rewrite(traced, first), first)
+            return finished(traced, first, example, exact=True)
         if cuts is None:
             traced = trace_for_planning(model, example, verify=verify)
         else:
@@ -99,7 +100,13 @@ def compile(
             budget=budget,
         )
         _check_plan(made, costs, devices)
-        return Built(rewrite(traced, made), made)
+        return finished(traced, made, example)
+
+    def finished(traced: TracedModel, made: Plan, example: Arguments, exact: bool = False) -> Built:
+        rewritten = rewrite(traced, made)
+        if verify:
+            verify_split(rewritten, len(placements), example, exact=exact)
+        return Built(rewritten, made)
 
     built = None if example_inputs is None else build(Arguments.of(example_inputs), None)
     return Pipeline(model, placements, chunks, find_transport(transport), build, built)

@@ -219,3 +219,31 @@ def test_an_exception_in_a_stage_arrives_with_its_place(transport: str) -> None:
             ):
                 assert word in str(caught.value)
             assert torch.equal(pipe(torch.ones(4, 3)), pipe.rewritten(torch.ones(4, 3)))
+
+
+class SharesMemory(nn.Module):
+    """Changes a view in the second stage; the third one uses what it is a view of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        part = y[:, :2]
+        z = self.second(x)
+        part.add_(1)
+        return self.third(y + z)  # type: ignore[no-any-return]
+
+
+def test_memory_that_is_shared_over_a_cut_is_found() -> None:
+    x = torch.ones(4, 4)
+    model = SharesMemory()
+    with fxsplit.compile(
+        model, ["cpu", "server/cpu"], cuts=["third"], example_inputs=x, transport="in_process"
+    ) as pipe:
+        assert torch.equal(pipe(x), model(x))
+    with pytest.raises(FxsplitError, match="does not reproduce") as caught:
+        fxsplit.compile(model, SANDWICH, cuts=["second", "third"], example_inputs=x, transport="in_process")
+    for word in ("split into 3 stages", "in place", "output 0 differs"):
+        assert word in str(caught.value)

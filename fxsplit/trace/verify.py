@@ -109,14 +109,34 @@ def compare(
         found = observe(model, training, lambda: traced.output.build(traced.module(*tensors)))
     except GuardError:
         return  # the graph says itself that it is not for this batch
-    where = f"{type(model).__name__}, {mode_name(training)} mode, {what}"
+    lines = "; ".join(dict.fromkeys(reads))
+    hint = f"the model decides on data at: {lines}" if lines else "cut elsewhere: modules without cuts stay whole"
+    compare_observations(expected, found, f"{type(model).__name__}, {what}", training, hint)
+
+
+def compare_observations(expected: Observation, found: Observation, where: str, training: bool, hint: str) -> None:
+    """Holds outputs and buffers against each other, bit for bit.
+
+    Raises:
+        TraceError: names the first that differs, by how much, and in which mode.
+    """
+
+    def differs(what: str, allowed: str) -> TraceError:
+        return TraceError(
+            "the traced graph does not reproduce the model",
+            where=f"{where}, {mode_name(training)} mode",
+            found=what,
+            allowed=allowed,
+            hint=hint,
+        )
+
     if len(expected.outputs) != len(found.outputs):
-        raise _differs(where, f"{len(found.outputs)} outputs", f"{len(expected.outputs)} outputs", reads)
+        raise differs(f"{len(found.outputs)} outputs", f"{len(expected.outputs)} outputs")
     for kind in ("output", "buffer"):
         pairs = zip(getattr(expected, f"{kind}s"), getattr(found, f"{kind}s"), strict=True)
         for index, (a, b) in enumerate(pairs):
             if difference := _difference(a, b):
-                raise _differs(where, f"{kind} {index} {difference}", "equal bit for bit", reads)
+                raise differs(f"{kind} {index} {difference}", "equal bit for bit")
 
 
 def _difference(expected: Any, found: Any) -> str | None:
@@ -130,16 +150,3 @@ def _difference(expected: Any, found: Any) -> str | None:
             return None
         return f"differs by {(expected - found).abs().max().item():.3g}"
     return None if torch.equal(expected, found) else f"differs in {int((expected != found).sum())} elements"
-
-
-def _differs(where: str, found: str, allowed: str, reads: Sequence[str]) -> TraceError:
-    lines = "; ".join(dict.fromkeys(reads))
-    return TraceError(
-        "the traced graph does not reproduce the model",
-        where=where,
-        found=found,
-        allowed=allowed,
-        hint=f"the model decides on data at: {lines}"
-        if lines
-        else "cut elsewhere: modules without cuts stay whole",
-    )

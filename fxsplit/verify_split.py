@@ -1,0 +1,66 @@
+"""The split stages are checked against the model, too: a value that crosses a cut is no longer shared memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxsplit.split import SplitModel, split
+from fxsplit.stage import CLIENT, Edge, Mode
+from fxsplit.trace import Arguments, TracedModel, checked_call, two_samples
+from fxsplit.trace.patches import without_cache
+from fxsplit.trace.verify import compare_observations, observe, observe_model
+
+
+def verify_split(rewritten: TracedModel, stage_count: int, example: Arguments, *, exact: bool = False) -> None:
+    """Runs the stages one after another, each on copies of what it receives, and compares with the model.
+
+    In-place operations may reach memory that a value on the other side of a cut shares in the unsplit model;
+    the graph alone does not show it.
+
+    Args:
+        rewritten: the model with stages on its nodes.
+        stage_count: how many.
+        example: inputs; two samples of them are run.
+        exact: run the example's own batch instead.
+
+    Raises:
+        TraceError: names the output or buffer that differs, and by how much.
+    """
+    model = rewritten.model
+    call, leaves = checked_call(model, example)
+    samples = leaves if exact else two_samples(model, call, leaves)
+    split_model = split(rewritten, stage_count)
+    for mode in split_model.boundaries:
+        with without_cache(model):
+            expected = observe_model(model, call, mode.training, samples)
+        if expected is not None:
+            found = observe(model, mode.training, functools.partial(_run, split_model, mode, samples))
+            compare_observations(
+                expected,
+                found,
+                f"{type(model).__name__} split into {stage_count} stages",
+                mode.training,
+                hint="a value is changed in place after it has crossed a cut: cut at another module",
+            )
+
+
+def _run(split_model: SplitModel, mode: Mode, leaves: Sequence[Any]) -> list[Any]:
+    """The output leaves, with a copy at every edge."""
+    boundary = split_model.boundaries[mode]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    values: dict[tuple[int, str], Any] = {(CLIENT, e.value): _copy(tensors[i]) for i, e in boundary.inputs}
+    for number, stage in enumerate(split_model.stages):
+        ports = stage.ports(mode)
+        inputs = [_copy(values[edge.source, edge.value]) for edge in ports.inputs]
+        outputs = stage.run(mode, *inputs)
+        values.update({(number, name): _copy(v) for name, v in zip(ports.outputs, outputs, strict=True)})
+    return [values[leaf.source, leaf.value] if isinstance(leaf, Edge) else leaf for leaf in boundary.outputs]
+
+
+def _copy(value: Any) -> Any:
+    return value.clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value

@@ -140,6 +140,13 @@ class Pipeline:
         try:
             return self._run(number, leaves)
         except GuardError as error:
+            if self._chunks == 1:
+                raise PipelineError(
+                    "the model's way through itself depends on more than its inputs",
+                    where=error.where,
+                    found=f"{error.found} after {error.allowed} on the same batch",
+                    hint="switch off what chooses at random (layerdrop, say), or cut outside the module that does",
+                ) from error
             raise PipelineError(
                 "the micro-batches of one batch take different ways through the model",
                 where=error.where,

@@ -7,15 +7,18 @@ modules by name. This goes over the transport only; nothing of it is ever writte
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib
 import io
 import pickle
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import cloudpickle
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 def _operator(name: str, overload: str | None) -> Any:
@@ -24,6 +27,30 @@ def _operator(name: str, overload: str | None) -> Any:
         importlib.import_module(namespace)  # a library that brings operators of its own, such as torchvision
     packet = getattr(getattr(torch.ops, namespace), operator)
     return packet if overload is None else getattr(packet, overload)
+
+
+def _parametrized(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    """A module with `torch.nn.utils.parametrize` on it: its class, made at run time, refuses to be pickled."""
+    module = kind.__new__(kind)
+    module.__dict__.update(state)
+    parametrize._inject_new_class(module)
+    for name in module.parametrizations:  # type: ignore[union-attr]
+        parametrize._inject_property(module, name)
+    return module
+
+
+def _global_with_context(obj: Any) -> tuple[str, str] | None:
+    """Module and name of an object that holds a context variable, which belongs to a process and stays there."""
+    held = vars(obj).values() if hasattr(obj, "__dict__") and not isinstance(obj, type | nn.Module) else ()
+    if isinstance(obj, contextvars.ContextVar) or any(isinstance(v, contextvars.ContextVar) for v in held):
+        module = type(obj).__module__
+        names = [name for name, value in vars(sys.modules[module]).items() if value is obj]
+        return (module, names[0]) if names else None
+    return None
+
+
+def _global(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -38,6 +65,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return _operator, (obj._qualified_op_name, None)
         if isinstance(obj, torch._ops.OpOverload):
             return _operator, (obj.overloadpacket._qualified_op_name, obj._overloadname)
+        if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
+            return _parametrized, (type(obj).__bases__[0], dict(obj.__dict__))
+        if (found := _global_with_context(obj)) is not None:
+            return _global, found
         return super().reducer_override(obj)
 
     def persistent_id(self, obj: Any) -> tuple[int, bool, bool] | None:

@@ -64,3 +64,11 @@ def test_functions_of_a_script_travel_by_value() -> None:
 def test_operators_travel_by_name() -> None:
     for operator in (torch.ops.aten.add, torch.ops.aten.add.Tensor, torch.ops.torchvision.nms):
         assert shipping.load(*shipping.dump(operator)) is operator
+
+
+def test_parametrized_modules_are_shipped() -> None:
+    module = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    loaded = shipping.load(*shipping.dump(module))
+    x = torch.ones(2, 3)
+    assert torch.equal(loaded(x), module(x))
+    assert list(loaded.state_dict()) == list(module.state_dict())

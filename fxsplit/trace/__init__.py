@@ -140,17 +140,19 @@ def _trace_mode(
     points = {name: node.name for name, node in recorder.first_calls.items() if name and not node._erased}
     traced = TracedGraph(module, points, OutputLayout(structure, (None,) * len(output_leaves)))
     others = other_samples(leaves)
-    grown = observe_model(model, call, training, others)
+    grown = observe_model(model, call, training, others, seed=1)
     if verify:
-        cases = [("the example's batch", leaves, observe_model(model, call, training, leaves))]
-        cases.append(("another batch", others, grown))
-        if grown is None:
-            numbers = other_numbers(leaves)
-            cases.append(("other numbers", numbers, observe_model(model, call, training, numbers)))
+        batches = [
+            ("the example's batch", leaves),
+            ("another batch", others),
+            ("other numbers", other_numbers(leaves)),
+        ]
         if (masks := other_masks(call, others)) is not None:
-            cases.append(("another padding mask", masks, observe_model(model, call, training, masks)))
-        for what, inputs, expected in cases:
-            compare(model, traced, training, inputs, expected, what, recorder.reads)
+            batches.append(("another padding mask", masks))
+        # Other seeds, so that a way that random numbers have chosen is not taken for the only one.
+        for seed, (what, inputs) in enumerate(batches):
+            expected = grown if inputs is others else observe_model(model, call, training, inputs, seed)
+            compare(model, traced, training, inputs, expected, what, recorder.reads, seed)
     dims = _batch_dims(output_leaves, batch_size(leaves), grown.outputs if grown else None)
     return TracedGraph(module, points, OutputLayout(structure, dims))
 

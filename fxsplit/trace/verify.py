@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -17,8 +19,9 @@ from fxsplit.trace.traced import TracedGraph, mode_name
 
 
 @contextmanager
-def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
-    """Runs what is inside in a mode; afterwards modes, buffers and random number generators are as before."""
+def undisturbed(model: nn.Module, training: bool, seed: int = 0) -> Iterator[None]:
+    """Runs what is inside in a mode and with a seed; afterwards modes, buffers and generators are as before."""
+    states = random.getstate(), np.random.get_state()
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
@@ -26,9 +29,13 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
         model.train(training)
     try:
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
             yield
     finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
         for module, mode in modes.items():
             module.training = mode
         with torch.no_grad():
@@ -73,17 +80,19 @@ class Observation:
     buffers: list[Tensor]
 
 
-def observe(model: nn.Module, training: bool, run: Callable[[], Any]) -> Observation:
-    """Runs something over the model's modules, with a fixed seed, and undoes what it did to them."""
-    with undisturbed(model, training), torch.no_grad():
+def observe(model: nn.Module, training: bool, run: Callable[[], Any], seed: int = 0) -> Observation:
+    """Runs something over the model's modules, with this seed, and undoes what it did to them."""
+    with undisturbed(model, training, seed), torch.no_grad():
         outputs = pytree.tree_leaves(run())
         return Observation(outputs, [buffer.clone() for buffer in model.buffers()])
 
 
-def observe_model(model: nn.Module, call: CallLayout, training: bool, leaves: Sequence[Any]) -> Observation | None:
+def observe_model(
+    model: nn.Module, call: CallLayout, training: bool, leaves: Sequence[Any], seed: int = 0
+) -> Observation | None:
     """What the model itself does with these inputs; None if it does not take them."""
     try:
-        return observe(model, training, lambda: call.call(model, leaves))
+        return observe(model, training, lambda: call.call(model, leaves), seed)
     except Exception:  # whatever the model raises: it is its own judge of what it takes
         return None
 
@@ -96,6 +105,7 @@ def compare(
     expected: Observation | None,
     what: str,
     reads: Sequence[str],
+    seed: int = 0,
 ) -> None:
     """Runs the graph as the model was run, and compares outputs and buffers bit for bit.
 
@@ -106,12 +116,25 @@ def compare(
         return
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     try:
-        found = observe(model, training, lambda: traced.output.build(traced.module(*tensors)))
+        found = observe(model, training, lambda: traced.output.build(traced.module(*tensors)), seed)
     except GuardError:
         return  # the graph says itself that it is not for this batch
-    lines = "; ".join(dict.fromkeys(reads))
-    hint = f"the model decides on data at: {lines}" if lines else "cut elsewhere: modules without cuts stay whole"
-    compare_observations(expected, found, f"{type(model).__name__}, {what}", training, hint)
+    except Exception as error:
+        raise TraceError(
+            f"the traced graph raised {type(error).__name__} where the model runs",
+            where=f"{type(model).__name__}, {what}, {mode_name(training)} mode",
+            found=str(error).partition("\n")[0],
+            hint=_hint(reads),
+        ) from error
+    compare_observations(expected, found, f"{type(model).__name__}, {what}", training, _hint(reads))
+
+
+def _hint(reads: Sequence[str], most: int = 3) -> str:
+    lines = list(dict.fromkeys(reads))
+    if not lines:
+        return "cut elsewhere: modules without cuts stay whole"
+    more = f" and {len(lines) - most} more lines" if len(lines) > most else ""
+    return f"the model decides on data at: {'; '.join(lines[:most])}{more}"
 
 
 def compare_observations(expected: Observation, found: Observation, where: str, training: bool, hint: str) -> None:

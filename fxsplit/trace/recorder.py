@@ -259,11 +259,11 @@ class Recorder(TorchFunctionMode):
         with self.paused():
             value = function(*(plain(a) for a in args), **{k: plain(v) for k, v in kwargs.items()})
         node = self._emit_call(op, target, graph_args, graph_kwargs)
-        self.remember_output(value, node)
         found = replay.literals(value)
         if not isinstance(value, Tensor) and _holds_literal(found):
             # Python may decide on these, or hand them on: the graph holds for what they were.
             self.guard(self.emit("call_function", replay.literals, (node,)), found)
+        self.remember_output(value, node)
         return value
 
     def _emit_call(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
@@ -332,9 +332,9 @@ class Recorder(TorchFunctionMode):
         is_method = isinstance(func, _METHOD_TYPES) or getattr(Tensor, name, None) is func
         op, target = ("call_method", name) if is_method else ("call_function", func)
         node = self._emit_call(op, target, graph_args, graph_kwargs)
-        self.remember_output(value, node)
         if name in _UNBINDS:
             self.guard(self.emit("call_function", len, (node,)), len(value))
+        self.remember_output(value, node)
 
     def _property(self, getter: Any, tensor: Tensor, value: Any) -> Any:
         if isinstance(value, torch.Size):

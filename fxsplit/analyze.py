@@ -88,6 +88,11 @@ class _Pricer(Interpreter):
         self.macs: dict[Node, int] = {}
         self.results: dict[Node, Any] = {}
 
+    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a node, with lists that the model may change, as the compiled graph has them."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _mutable(args), _mutable(kwargs)
+
     def run_node(self, n: Node) -> Any:
         """Runs and prices a node; guards are left out, since the values that they look at are fake."""
         if n.target is check or (n.users and all(user.target is check for user in n.users)):
@@ -98,6 +103,16 @@ class _Pricer(Interpreter):
         self.macs[n] = (self._counter.get_total_flops() - before) // 2
         self.results[n] = pytree.tree_map(_spec_of, result)
         return result
+
+
+def _mutable(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_mutable(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_mutable(item) for item in value)
+    if isinstance(value, dict) and type(value).__name__ in ("dict", "immutable_dict"):
+        return {key: _mutable(item) for key, item in value.items()}
+    return value
 
 
 def _spec_of(value: Any) -> TensorSpec | None:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
 
 from fxsplit.compressors import Lossless
-from fxsplit.errors import CompressorError
+from fxsplit.errors import CompressorError, PlanError
 from fxsplit.spec import TensorSpec
 from fxsplit.stage import Edge
 
@@ -64,6 +65,7 @@ def pack(value: Any, edge: Edge, key: Key) -> Packet:
         CompressorError: the compressor does not take this tensor; the message names the edge.
     """
     if not isinstance(value, Tensor):
+        _refuse_gradients_in(value, key)
         return Packet((), value=value)
     codec = edge.gradient_compressor if key.backward else edge.compressor
     tensor = value.detach()
@@ -80,6 +82,18 @@ def pack(value: Any, edge: Edge, key: Key) -> Packet:
             allowed=error.allowed,
             hint=error.hint,
         ) from error
+
+
+def _refuse_gradients_in(value: Any, key: Key) -> None:
+    """An object takes its tensors along as they are: a gradient would not find its way back through it."""
+    held = [*pytree.tree_leaves(value), *getattr(value, "__dict__", {}).values()]
+    if any(isinstance(item, Tensor) and item.requires_grad for item in held):
+        raise PlanError(
+            f"an object with tensors that need a gradient crosses a cut: the {key}",
+            found=f"a {type(value).__name__}",
+            allowed="tensors, and tuples, lists and dicts of them",
+            hint="cut where single tensors cross",
+        )
 
 
 def unpack(packet: Packet, edge: Edge, backward: bool, device: torch.device) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -223,3 +224,49 @@ def test_the_picture_of_a_pipeline() -> None:
         )
         assert [w.name for w in pipe.workers] == ["client", "server"]
     assert "closed" in repr(pipe)
+
+
+class PassesContainers(nn.Module):
+    """A dictionary and a list of tensors cross the cut whole, with their gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Makes(), Takes()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.first(x)
+        features["more"] = features["one"] * 2
+        return self.second(features, list(features.values()))  # type: ignore[no-any-return]
+
+
+class Makes(nn.Module):
+    """Two features by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        return OrderedDict(one=self.one(x), two=self.two(x))
+
+
+class Takes(nn.Module):
+    """Their sums."""
+
+    def forward(self, features: OrderedDict[str, Tensor], items: list[Tensor]) -> Tensor:
+        return features["one"] + features["more"] * features["two"] + sum(items)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_containers_of_tensors_cross_with_their_gradients(transport: str) -> None:
+    model, x = PassesContainers(), torch.randn(4, 4)
+    reference = copy.deepcopy(model)
+    with fxsplit.compile(model, CHAIN2, cuts=["second"], transport=transport, example_inputs=x) as pipe:
+        output, expected = pipe(x), reference(x)
+        assert torch.equal(output, expected)
+        output.square().sum().backward()
+        expected.square().sum().backward()
+        found = pipe.gradients()
+        for name, parameter in reference.named_parameters():
+            assert parameter.grad is not None
+            assert torch.allclose(found[name], parameter.grad, rtol=1e-5), name

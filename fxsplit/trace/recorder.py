@@ -188,7 +188,7 @@ class Recorder(TorchFunctionMode):
             return kind(self.argument(v) for v in value)
         if type(value) is dict:
             return {key: self.argument(v) for key, v in value.items()}
-        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        if isinstance(value, dict):
             values = tuple(self.argument(v) for v in value.values())
             return self.emit(
                 "call_function", replay.make_mapping, (self._constant(type(value)), tuple(value), *values)
@@ -213,7 +213,6 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             self._remember(value, node)
         elif isinstance(value, Mapping):
-            self._remember(value, node)
             for key, item in value.items():
                 self._remember_item(item, operator.getitem, node, key)
         elif isinstance(value, tuple | list):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -92,6 +92,7 @@ def call_method(name: str, tensor: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(tensor, name)(*args, **kwargs)
 
 
-def make_mapping(kind: type[dict[str, Any]], keys: tuple[str, ...], *values: Any) -> Any:
+def make_mapping(kind: type[dict[Any, Any]], keys: tuple[Any, ...], *values: Any) -> Any:
     """Rebuilds an ordered dictionary or a `ModelOutput` that the model passes as an argument."""
-    return kind(**dict(zip(keys, values, strict=True)))
+    items = dict(zip(keys, values, strict=True))
+    return kind(**items) if is_dataclass(kind) else kind(items)

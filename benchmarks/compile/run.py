@@ -20,6 +20,7 @@ from rich.table import Table
 import fxsplit
 from fxsplit.opening import trace_for_planning
 from fxsplit.trace import Arguments
+from fxsplit.verify_split import verify_split
 
 CUTS = ["features.0.2", "classifier"]
 SANDWICH = ["cpu", "server/cpu", "cpu"]
@@ -41,7 +42,9 @@ def compile_only(model: torch.nn.Module, x: torch.Tensor, cuts: list[str] | None
     """Trace, verify, plan, rewrite and split, with no worker process."""
     traced = trace_for_planning(model, Arguments.of(x)) if cuts is None else fxsplit.trace(model, x, cuts=cuts)
     plan = fxsplit.plan(fxsplit.analyze(traced, x), SANDWICH, cuts=cuts, compressor="sortquant8")
-    fxsplit.split(fxsplit.rewrite(traced, plan), 3)
+    rewritten = fxsplit.rewrite(traced, plan)
+    verify_split(rewritten, 3, Arguments.of(x))
+    fxsplit.split(rewritten, 3)
 
 
 def start_workers(model: torch.nn.Module) -> None:

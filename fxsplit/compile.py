@@ -17,7 +17,7 @@ from fxsplit.opening import trace_for_planning
 from fxsplit.passes import rewrite
 from fxsplit.planning import Budget, Plan, check_available, parse_devices
 from fxsplit.planning import plan as make_plan
-from fxsplit.planning.planner import SAME
+from fxsplit.planning.planner import SAME, check_chunks
 from fxsplit.runtime.pipeline import Built, Pipeline
 from fxsplit.runtime.transports import transport as find_transport
 from fxsplit.schedules import schedule as find_schedule
@@ -77,6 +77,7 @@ def compile(
     forward = find_compressor(compressor)
     backward = forward if gradient_compressor == SAME else find_compressor(gradient_compressor)
     find_schedule(schedule)
+    check_chunks(chunks)
     check_names(model, cuts or ())
 
     def build(arguments: Arguments, first: Plan | None) -> Built:

@@ -63,6 +63,7 @@ class Engine:
         self._numbers = itertools.count(1)
         self._discards: list[tuple[int, bool]] = []
         self._split: SplitModel | None = None
+        self.backwards = 0  # how many have run: whatever was fetched of the gradients before is out of date
 
     # ------------------------------------------------------------------ life
 
@@ -206,6 +207,7 @@ class Engine:
             the gradients of the inputs that need one, by micro-batch and index of the input.
         """
         start = time.perf_counter()
+        self.backwards += 1
         with self._phase(run, backward=True, grad=True) as phase:
             for m, of_edges in enumerate(gradients):
                 for i, (edge, gradient) in enumerate(zip(run.edges, of_edges, strict=True)):

@@ -30,6 +30,7 @@ class Gradients:
         self._tied: dict[str, tuple[str, ...]] = {}
         self._norms: dict[str, Tensor] | None = None
         self._fetched: dict[str, float] = {}
+        self._fetched_at = 0
 
     def set_homes(self, homes: Mapping[str, tuple[str, ...]]) -> None:
         """The workers that hold each parameter, home first."""
@@ -37,12 +38,15 @@ class Gradients:
         self._tied = {name: workers for name, workers in homes.items() if len(workers) > 1}
 
     def changed(self) -> None:
-        """A backward has run: what was fetched is out of date."""
+        """What was fetched is out of date."""
         self._norms = None
 
     def norm_of(self, name: str) -> Tensor | None:
         """A gradient's L2 norm, `[1]`; scaling it in place scales the gradient at the next step."""
+        if self._norms is not None and self._fetched_at != self.engine.backwards:
+            self.common_factor()  # refuses a scaling that a later backward has added to
         if self._norms is None:
+            self._fetched_at = self.engine.backwards
             self._fetched = self.norms(2.0)
             self._norms = {n: torch.tensor([norm]) for n, norm in self._fetched.items()}
         return self._norms.get(name)
@@ -84,7 +88,8 @@ class Gradients:
         """By what the handles' gradients were scaled since they were fetched.
 
         Raises:
-            PipelineError: by different factors, which cannot be carried over to the parameters.
+            PipelineError: by different factors, or before another backward: neither can be carried over to the
+                parameters.
         """
         norms, self._norms = self._norms, None
         if norms is None:
@@ -92,6 +97,11 @@ class Gradients:
         factors = [float(norms[n]) / norm for n, norm in self._fetched.items() if norm > 0 and math.isfinite(norm)]
         if not factors or max(abs(f - 1.0) for f in factors) < 1e-6:
             return 1.0
+        if self._fetched_at != self.engine.backwards:
+            raise PipelineError(
+                "the handles' gradients were scaled, and then another backward added to the parameters' gradients",
+                hint="clip after the last backward before the step, or use pipe.clip_grad_norm_",
+            )
         factor = sorted(factors)[len(factors) // 2]
         if max(abs(f - factor) for f in factors) > _RATIO_TOLERANCE * abs(factor):
             raise PipelineError(

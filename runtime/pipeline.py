@@ -29,6 +29,7 @@ from fxsplit.split import SplitModel, split
 from fxsplit.stage import Mode
 from fxsplit.trace.call import Arguments, CallLayout, batch_size
 from fxsplit.trace.traced import TracedModel, mode_name
+from fxsplit.trace.verify import keeping_modes
 
 MAX_VARIANTS = 16
 """Recordings of one model: more than these mean that it decides on the data of nearly every batch."""
@@ -204,14 +205,13 @@ class Pipeline:
         state = TrainingState.of(self.state_dict(), self._gradients)
         before = {name: value.clone() for name, value in self._model.state_dict().items()}
         self._model.load_state_dict(state.weights)
-        training = self._model.training
         try:
-            if training != self.training:
-                self._model.train(self.training)
-            yield state
+            with keeping_modes(self._model):
+                if self._model.training != self.training:
+                    self._model.train(self.training)
+                yield state
         finally:
             self._model.load_state_dict(before)
-            self._model.train(training)
 
     # ------------------------------------------------------------------ as a module
 

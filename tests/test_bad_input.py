@@ -247,3 +247,9 @@ def test_memory_that_is_shared_over_a_cut_is_found() -> None:
         fxsplit.compile(model, SANDWICH, cuts=["second", "third"], example_inputs=x, transport="in_process")
     for word in ("split into 3 stages", "in place", "output 0 differs"):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("chunks", [0, -1, "four", True, 1.5])
+def test_chunks_are_checked_before_the_first_call(chunks: Any) -> None:
+    with pytest.raises(FxsplitError, match="chunks must count micro-batches"):
+        fxsplit.compile(Tiny(), ["cpu", "server/cpu"], chunks=chunks)

@@ -191,3 +191,23 @@ def test_clipping_by_the_pipelines_own_method() -> None:
         found_gradients = pipe.gradients()
         for name, parameter in reference.named_parameters():
             assert torch.allclose(found_gradients[name], parameter.grad, rtol=1e-5)  # type: ignore[arg-type]
+
+
+def test_norms_are_those_of_the_last_backward() -> None:
+    """Looked at after each of two accumulated backwards; scaling in between cannot be carried over."""
+    model, x, labels = mobilenet(), images(4), torch.arange(4)
+    reference = copy.deepcopy(model)
+    with fxsplit.compile(model, CHAIN2, cuts=MOBILENET[2], transport="in_process") as pipe:
+        optimizer = pipe.optimizer(torch.optim.SGD, lr=0.1)
+        for _ in range(2):
+            loss_of(pipe(x), labels).backward()
+            loss_of(reference(x), labels).backward()
+            found, expected = (
+                torch.nn.utils.get_total_norm([p.grad for p in m.parameters() if p.grad is not None])
+                for m in (pipe, reference)
+            )
+            assert torch.allclose(found, expected, rtol=1e-5)
+        torch.nn.utils.clip_grad_norm_(pipe.parameters(), 0.01)
+        loss_of(pipe(x), labels).backward()
+        with pytest.raises(fxsplit.FxsplitError, match="another backward"):
+            optimizer.step()

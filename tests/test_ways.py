@@ -104,3 +104,19 @@ def test_a_graph_for_every_batch_is_refused_with_its_line() -> None:
             for _ in range(40):
                 pipe(torch.rand(4, 4))
         assert "test_ways.py" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Decides is traced again")
+def test_tracing_again_leaves_the_users_model_as_it_was() -> None:
+    """Weights, and the modes of its submodules: a frozen batch norm stays frozen."""
+    model = Decides().train()
+    model.first[1].eval()
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    with fxsplit.compile(model, CHAIN2, cuts=["second"], transport="in_process") as pipe:
+        optimizer = pipe.optimizer(torch.optim.SGD, lr=0.1)
+        pipe(torch.rand(4, 4)).sum().backward()
+        optimizer.step()
+        pipe.eval()(torch.rand(8, 4))
+        assert modes == [module.training for module in model.modules()]
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

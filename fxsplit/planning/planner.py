@@ -61,8 +61,7 @@ def plan(
     placements = parse_devices(devices)
     if schedule not in SCHEDULES:
         raise PlanError("unknown schedule", found=repr(schedule), allowed=", ".join(SCHEDULES))
-    if not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1:
-        raise PlanError("chunks must count micro-batches", found=repr(chunks), allowed="an int, 1 or more")
+    check_chunks(chunks)
     budget = Budget() if budget is None else budget
     if not isinstance(budget, Budget):
         raise BudgetError("budget is not a Budget", found=repr(budget), allowed="fxsplit.Budget(...)")
@@ -81,6 +80,16 @@ def plan(
     found = _build(problem, schedule, names, positions, is_optimal, note)
     check_budget(found, costs, budget, searched=cuts is None)
     return found
+
+
+def check_chunks(chunks: object) -> None:
+    """Refuses what is no number of micro-batches.
+
+    Raises:
+        PlanError: always then.
+    """
+    if not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1:
+        raise PlanError("chunks must count micro-batches", found=repr(chunks), allowed="an int, 1 or more")
 
 
 def _build(

@@ -19,16 +19,26 @@ from fxsplit.trace.traced import TracedGraph, mode_name
 
 
 @contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Afterwards every submodule is in the mode it was in, those that the user froze in eval mode too."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
 def undisturbed(model: nn.Module, training: bool, seed: int = 0) -> Iterator[None]:
     """Runs what is inside in a mode and with a seed; afterwards modes, buffers and generators are as before."""
     states = random.getstate(), np.random.get_state()
-    modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    if model.training != training:  # else submodules that the user froze in eval mode stay so
-        model.train(training)
     try:
-        with torch.random.fork_rng(devices=devices):
+        with keeping_modes(model), torch.random.fork_rng(devices=devices):
+            if model.training != training:  # else submodules that the user froze in eval mode stay so
+                model.train(training)
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)
@@ -36,8 +46,6 @@ def undisturbed(model: nn.Module, training: bool, seed: int = 0) -> Iterator[Non
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        for module, mode in modes.items():
-            module.training = mode
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in buffers and buffer.shape == buffers[name].shape:

@@ -128,6 +128,7 @@ class Executor:
             self.action = None
             self._courier.finish()
         except SendError as error:
+            self._courier.drain()
             self.action = error.action
             raise error.cause from error
         except BaseException:

@@ -26,6 +26,7 @@ from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.runtime.built import Built
 from fxsplit.runtime.deferred_batch_norm import check_batch_norms
 from fxsplit.runtime.pipeline import Pipeline
+from fxsplit.runtime.transports import listening
 from fxsplit.runtime.transports import transport as find_transport
 from fxsplit.schedules import Times
 from fxsplit.schedules import schedule as find_schedule
@@ -49,6 +50,8 @@ def compile(
     transport: str = "rpc",
     verify: bool = True,
     deferred_batch_norm: bool = False,
+    listen: str | None = None,
+    token: str | None = None,
 ) -> Pipeline:
     """Splits a model over devices and starts the pipeline that runs it.
 
@@ -77,6 +80,9 @@ def compile(
             Each micro-batch is normalised by its own statistics in either case, so outputs and gradients are the
             same. With `chunks=1` the running statistics are the model's, but for the rounding of the last bits.
             SyncBatchNorm is refused.
+        listen: "HOST:PORT" at which the named workers join from other machines, by `fxsplit worker --join`; see
+            docs/security.md. Not given: all workers are processes of this host.
+        token: what they must know; the environment's FXSPLIT_TOKEN if not given, else one is made and printed.
 
     Returns:
         the pipeline: call it as the model.
@@ -97,7 +103,7 @@ def compile(
     check_names(model, cuts or ())
     if deferred_batch_norm:
         check_batch_norms(model)
-    chosen = find_transport(transport)
+    chosen = find_transport(transport) if listen is None else listening(listen, token, placements, transport)
     _check_shared_devices(placements, transport)
     options: dict[str, Any] = {"cuts": cuts, "chunks": chunks, "schedule": schedule, "budget": budget}
     options |= {"compressor": codecs.forward, "gradient_compressor": codecs.backward}

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 import torch
 from torch._C._distributed_c10d import FileStore, Store
 
+from fxsplit.errors import WorkerError
+from fxsplit.runtime.allocator import keep_memory
 from fxsplit.runtime.handshake import interface_of
 from fxsplit.runtime.join import JoinedStore, end_with_client, join
 from fxsplit.runtime.launch import WorkerSettings
@@ -63,13 +65,18 @@ class _Serving:
     """A worker and its queue of commands; the main thread computes: the number of threads holds for it alone."""
 
     def __init__(self, name: str, session: str) -> None:
+        keep_memory()
         self._commands: queue.SimpleQueue[tuple[str, tuple[Any, ...], Future[Any]]] = queue.SimpleQueue()
         self._endpoint = RpcEndpoint(name, session, self._handle)
         self._worker = Worker(self._endpoint)
 
     def run(self, store: Store, rank: int, world_size: int, interface: str, client: Any = None) -> NoReturn:
         """Becomes a member of the group and serves for ever."""
-        self._endpoint.join(store, rank, world_size, interface)
+        try:
+            self._endpoint.join(store, rank, world_size, interface)
+        except RuntimeError as error:
+            first_line = str(error).partition("\n")[0]
+            raise WorkerError("the client ended before all workers were there", found=first_line) from error
         if client is not None:
             end_with_client(client)
         while True:

@@ -81,7 +81,8 @@ def compile(
             same. With `chunks=1` the running statistics are the model's, but for the rounding of the last bits.
             SyncBatchNorm is refused.
         listen: "HOST:PORT" at which the named workers join from other machines, by `fxsplit worker --join`; see
-            docs/security.md. Not given: all workers are processes of this host.
+            docs/security.md. "torchrun": rank 0 is the client, and on every other rank this call is
+            `fxsplit.serve()`. Not given: all workers are processes of this host.
         token: what they must know; the environment's FXSPLIT_TOKEN if not given, else one is made and printed.
 
     Returns:

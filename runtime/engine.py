@@ -18,9 +18,10 @@ from fxsplit.planning import Plan
 from fxsplit.runtime import shipping
 from fxsplit.runtime.failure import raise_failure
 from fxsplit.runtime.loss import Loss
-from fxsplit.runtime.metrics import LinkTraffic, Metrics, RunReport
+from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.packet import Key, Packet, pack, unpack
 from fxsplit.runtime.randomness import Randomness, set_states, state_key
+from fxsplit.runtime.report import LinkTraffic, RunReport
 from fxsplit.runtime.scheduler import Scheduler
 from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, Transport, wait, wait_done
@@ -97,6 +98,7 @@ class Engine:
     def load(self, split: SplitModel, plan: Plan, canonical: dict[str, str]) -> None:
         """Gives every worker its stages."""
         self._split, self._plan = split, plan
+        self.metrics.stage_count = len(plan.workers)
         self.scheduler = Scheduler(plan)
         modes = split.boundaries.keys()
         guarded = {m for m in modes if any(stage.ports(m).graph.is_guarded for stage in split.stages)}

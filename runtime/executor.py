@@ -16,9 +16,9 @@ from fxsplit.errors import PipelineError
 from fxsplit.runtime.courier import Courier, SendError
 from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
 from fxsplit.runtime.loss import Loss
-from fxsplit.runtime.metrics import RunReport
 from fxsplit.runtime.packet import GradientTap, Key, Packet, pack, unpack
 from fxsplit.runtime.randomness import Randomness, seeded, set_states, state_key, states
+from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.split_backward import SplitBackward
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.schedules import Action, Work
@@ -176,7 +176,7 @@ class Executor:
     def _take(self, edge: Edge, action: Action, backward: bool) -> tuple[Any, bool]:
         """A value and whether its maker waits for a gradient."""
         self._expect(edge, action, backward)
-        with self._report.timing("wait", action):
+        with self._report.timing("wait", self.action or action):
             value: tuple[Any, bool] = self._courier.take(self._key(edge, action, backward), self._check)
         return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections import OrderedDict
@@ -18,9 +19,10 @@ from torch.utils import _pytree as pytree
 from fxsplit.compressors.inserted import is_inserted
 from fxsplit.errors import GuardError, InputError, PipelineError
 from fxsplit.planning import Placement, Plan
+from fxsplit.runtime import timeline
 from fxsplit.runtime.autograd import differentiable_forward
 from fxsplit.runtime.batches import check_batch, cut_batch
-from fxsplit.runtime.built import Builder, Built, WorkerInfo
+from fxsplit.runtime.built import Builder, Built, WorkerInfo, worker_infos
 from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.gradients import Gradients
 from fxsplit.runtime.homes import canonical_names, homes_of
@@ -112,16 +114,14 @@ class Pipeline:
         """Runs a whole training step, forward, loss and backward, in the order of the pipeline's schedule.
 
         Gradients are those of `(loss_fn(model(x), y) * share).backward()` for one micro-batch after another, with
-        the micro-batch's share of the samples: bit for bit, whatever the schedule. They are added to what is
-        there. A step that fails leaves gradients and buffers as they were.
+        its share of the samples: bit for bit, whatever the schedule. A step that fails leaves all as it was.
 
         Args:
             *args: inputs of the model.
             target: a tensor, or a tuple, list or dict of them, cut along dimension 0 with the batch.
-            loss_fn: called with a micro-batch's output and target (or its output alone if there is none), on the
-                worker of the last stage, to which it is sent along with the targets.
-            reduction: whether the loss is a mean or a sum over samples; the loss's own `reduction`, if it has
-                one, else "mean".
+            loss_fn: called with a micro-batch's output and target (or output alone, if there is none) where the
+                last stage is, to which both are sent.
+            reduction: of the loss over samples; its own attribute `reduction` if not given, else "mean".
             return_output: whether the outputs are brought to the client.
             **kwargs: inputs of the model.
 
@@ -129,20 +129,18 @@ class Pipeline:
             the loss of the batch and the model's output, both without a graph.
 
         Raises:
-            InputError: the loss is not a scalar, the target has another length than the batch, or an input is
-                refused, as in a call.
+            InputError: the loss is no scalar, the target has another length, or as in a call.
             WorkerError: a worker failed or was lost.
         """
-        request = StepRequest(target, loss_fn, reduction, return_output)
-        workers = [placement.worker for placement in self._placements]
+        workers = tuple(placement.worker for placement in self._placements)
+        request = StepRequest(target, loss_fn, reduction, return_output, workers)
 
         def run(number: int, leaves: Sequence[Any]) -> StepResult:
-            mode = Mode(number, self.training)
             layout = self._variants[number].rewritten.graph(self.training).output
-            return request.run(self._engine, workers, layout, leaves, mode, self._chunks)
+            return request.run(self._engine, layout, leaves, Mode(number, self.training), self._chunks)
 
         self._require_open()
-        request.check(pytree.tree_leaves((args, kwargs)), workers)
+        request.check(pytree.tree_leaves((args, kwargs)))
         result: StepResult = self._dispatch(Arguments(args, kwargs), run)
         return result
 
@@ -364,17 +362,21 @@ class Pipeline:
         """What was measured so far."""
         return self._engine.metrics
 
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes what the latest steps really did and when, for https://ui.perfetto.dev: workers, codecs, links.
+
+        Raises:
+            PipelineError: no step was run yet, or the file cannot be written.
+        """
+        self._require_built("trace")
+        clocks = timeline.clock_offsets_s(self._engine.remote, lambda worker: self._engine.call(worker, "clock"))
+        timeline.write(path, timeline.events(self.metrics.reports, clocks))
+
     @property
     def workers(self) -> tuple[WorkerInfo, ...]:
         """All workers, the client first."""
         self._require_open()
-        devices: dict[str, list[str]] = {}
-        for placement in self._placements:
-            known = devices.setdefault(placement.worker, [])
-            if placement.device not in known:
-                known.append(placement.device)
-        places = self._engine.describe()
-        return tuple(WorkerInfo(name, ", ".join(d), *places[name]) for name, d in devices.items())
+        return worker_infos(self._placements, self._engine.describe())
 
     def __repr__(self) -> str:
         if not self._finalizer.alive:
@@ -385,8 +387,6 @@ class Pipeline:
             state = f"cuts {', '.join(self._variants[0].plan.cut_names) or 'none'}"
         devices = ", ".join(placement.spelling for placement in self._placements)
         return f"Pipeline({self._name} over [{devices}], {self._chunks} chunks, {state})"
-
-    # ------------------------------------------------------------------ end
 
     def close(self) -> None:
         """Ends all workers. Never hangs; may be called twice."""

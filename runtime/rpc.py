@@ -97,8 +97,10 @@ class RpcEndpoint:
             address = self._address(self.name)
             agent = TensorPipeAgent(store, address, rank, world_size, options, {}, [])
             rpc.api._init_rpc_states(agent)
-        store.set(f"member/{rank}", "1")
-        store.wait([f"member/{other}" for other in range(world_size)])
+        for word in ("member", "ready to go"):  # twice: the client's store ends with this call
+            store.set(f"{word}/{rank}", "1")
+            if word == "member" or rank == 0:
+                store.wait([f"{word}/{other}" for other in range(world_size)])
 
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Hands the packet to TensorPipe, which sends it in the background."""

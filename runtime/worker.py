@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
@@ -16,9 +17,10 @@ from fxsplit.runtime.executor import Executor, Holding, RunState
 from fxsplit.runtime.failure import Failure
 from fxsplit.runtime.imitation import Imitation
 from fxsplit.runtime.loss import Loss
-from fxsplit.runtime.metrics import RunReport
+from fxsplit.runtime.memory import peak_memory_bytes
 from fxsplit.runtime.parameters import ParameterStore
 from fxsplit.runtime.randomness import Randomness
+from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.transport import Endpoint
 from fxsplit.runtime.undo import Undo
@@ -53,6 +55,7 @@ class Worker:
             "run": self.run,
             "discard": self.discard,
             "state": self.state,
+            "clock": time.perf_counter,
             **self._parameters.commands,
             **self._imitation.commands,
         }
@@ -142,6 +145,7 @@ class Worker:
         if not run.saved:
             del self._runs[number]
         report.spans += self._courier.links()
+        report.peak_memory_bytes = peak_memory_bytes(self._holding.devices.values())
         return report
 
     def _begin(self, number: int, mode: Mode, is_step: bool) -> RunState:

@@ -9,8 +9,8 @@ import typer
 
 from fxsplit.errors import DeviceError, FxsplitError
 from fxsplit.planning.devices import available_devices
+from fxsplit.runtime.serving import serve_joined
 from fxsplit.runtime.transports import TOKEN_VARIABLE
-from fxsplit.runtime.worker_main import serve_joined
 
 
 def worker(

@@ -86,7 +86,8 @@ def test_codes_and_values_are_equal(layout: Layout, stochastic: bool) -> None:
         assert isinstance(codec, Uniform | SortQuantization)
         x, scheme = data(layout.numel, dtype=dtype), Scheme(layout, codec.bits, codec.split_bits, stochastic)
         minima, maxima = codec.ranges(x, layout, torch_kernels)
-        table, minima, inverse = make_table(minima, maxima, scheme.levels, torch.promote_types(dtype, torch.float32))
+        wide = torch.promote_types(dtype, torch.float32)
+        table, minima, inverse = make_table(minima, maxima, scheme.levels, wide)
         seed = seeds(table) if stochastic else None
         expected = torch_kernels.encode(x, minima, inverse, seed, scheme)
         assert torch.equal(cpu_kernels.encode(x, minima, inverse, seed, scheme), expected)

@@ -150,7 +150,8 @@ def bracket_kernel(
                 room = tl.load(rooms_at + level)
                 rank, _, _, _ = descend(rank, size, counts_at + row * 16, ends_at + row * ENDS, room)
                 size = tl.minimum(tl.load(counts_at + row * 16 + COPIED), room)
-            stride = tl.maximum(tl.cdiv(size, BLOCK), 1)
+            # Odd: `divide_kernel` copies runs of powers of two, of which an even stride would see a part only.
+            stride = tl.maximum(tl.cdiv(size, BLOCK), 1) | 1
             inside = lanes < tl.cdiv(size, stride)
             keys = tl.load(source_at + group.to(INDEX) * source_room + lanes * stride, mask=inside, other=0)
         else:

@@ -24,15 +24,12 @@ from fxsplit.compressors import torch_kernels
 from fxsplit.compressors.base import Compressor
 from fxsplit.compressors.floating import DTYPES as DTYPES
 from fxsplit.compressors.floating import check_floating, not_finite, plain, wide_dtype
-from fxsplit.compressors.grouping import Layout, check_group
+from fxsplit.compressors.grouping import Layout, check_group, check_rounding
 from fxsplit.compressors.kernels import Kernels, kernels_for
 from fxsplit.compressors.packing import packed_bytes
 from fxsplit.compressors.scheme import Scheme
 from fxsplit.errors import CompressorError
 from fxsplit.spec import TensorSpec
-
-ROUNDINGS = ("nearest", "stochastic")
-"""The ways to round."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +67,7 @@ class Quantization(Compressor):
         """Checks the options, so that construction in Python is refused like a spelling."""
         self.check_integer("bits", 2, 16)
         check_group(self.group, f"{self.name}: group")
-        if self.rounding not in ROUNDINGS:
-            raise CompressorError(
-                "wrong argument",
-                where=f"{self.name}: rounding",
-                found=repr(self.rounding),
-                allowed=", ".join(ROUNDINGS),
-            )
+        check_rounding(self.rounding, f"{self.name}: rounding")
 
     @property
     @abstractmethod

@@ -14,9 +14,10 @@ from fxsplit.errors import CompressorError
 
 from .data import KINDS
 from .first_use import FIRST_USED
+from .report import README, write_report
 from .speed import measure_speed
 from .subjects import CODECS
-from .tables import speed_table
+from .tables import about, cost_tables, error_table, speed_tables, target_lines
 from .targets import judged
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -47,17 +48,36 @@ def speed(
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     targets = judged(found)
-    print(speed_table(found))
-    print("\n".join(f"- {'met' if met else 'MISSED'}: {target}" for target, met in targets.items()))
+    print("\n\n".join((about(found), speed_tables([found]), cost_tables([found]), target_lines(targets))))
     if check:
         missed = [target for target, met in targets.items() if not met]
         print(f"{len(missed)} of {len(targets)} targets missed" if missed else "all targets met")
         sys.exit(1 if missed else 0)
 
 
-@app.callback()
-def commands() -> None:
-    """What the compressors cost, and what they lose."""
+@app.command()
+def error(
+    cifar: Annotated[Path | None, typer.Option(help="cifar10_jpeg.npz; images are made up without it.")] = None,
+    steps: Annotated[int, typer.Option(min=0, help="Of training before activations are recorded.")] = 60,
+    out: Annotated[Path | None, typer.Option("--json", help="Write what was found to this file.")] = None,
+) -> None:
+    """What each codec loses for how many bits, on made and on recorded tensors."""
+    from .error import measure_error  # the models that are recorded may be missing where speed is measured
+
+    found = measure_error(cifar, steps)
+    found["command"] = f"python -m benchmarks.codecs error{' --cifar cifar10_jpeg.npz' if cifar else ''}"
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(error_table(found))
+
+
+@app.command()
+def report(
+    add: Annotated[list[Path] | None, typer.Option(help="A file of `speed --json` or `error --json`.")] = None,
+    readme: Annotated[Path, typer.Option(help="The README; pictures and runs are kept beside it.")] = README,
+) -> None:
+    """Fill README and pictures from the runs that are kept, and from those added."""
+    write_report(add or [], readme)
 
 
 if __name__ == "__main__":

@@ -169,13 +169,10 @@ def _count(nbytes: int, device: torch.device) -> int:
 
 
 def _about(device: torch.device) -> Found:
-    if device.type == "cpu":
-        machine = f"one core, {_processor()}"
-    else:
-        machine = torch.cuda.get_device_name(device)
+    is_cpu = device.type == "cpu"
     return {
         "device": device.type,
-        "machine": machine,
+        "machine": f"one core, {_processor()}" if is_cpu else torch.cuda.get_device_name(device),
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "torch": version("torch"),

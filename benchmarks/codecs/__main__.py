@@ -64,6 +64,7 @@ def error(
     """What each codec loses for how many bits, on made and on recorded tensors."""
     from .error import measure_error  # the models that are recorded may be missing where speed is measured
 
+    torch.set_num_threads(1)
     found = measure_error(cifar, steps)
     found["command"] = f"python -m benchmarks.codecs error{' --cifar cifar10_jpeg.npz' if cifar else ''}"
     if out is not None:

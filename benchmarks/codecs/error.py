@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxsplit.compressors import Compressor, compressor
@@ -56,7 +55,6 @@ def measure_error(
         the norm of the difference over that of the tensor, and bits an element that are sent. What a codec
         refuses has {"refused"} instead of the last two.
     """
-    torch.set_num_threads(1)
     tensors = {kind: made(kind, SHAPE) for kind in KINDS} | recorded(cifar, steps)
     rows = [
         {"family": family, "codec": str(compressor(spelling)), "kind": kind, **_loss(compressor(spelling), x)}

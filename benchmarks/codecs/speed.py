@@ -53,6 +53,10 @@ def measure_speed(
         limit_s: a subject that has taken so many seconds is timed no more, but three times at least.
         first_used: compressors whose first use is measured; on a GPU others are in use before.
 
+    Raises:
+        CompressorError: no compressor is called so.
+        ValueError: there is no such kind of data.
+
     Returns:
         A dictionary for JSON: what was measured where, and, by the subject's name, "wire" and "error"
         (shares of the tensor's bytes and norm), "memory" (extra bytes over the tensor's, of encode and of
@@ -60,13 +64,12 @@ def measure_speed(
         decode, quartiles of the multiple of the copy, and the median seconds.
     """
     warnings.filterwarnings("ignore", message=".*quantize")  # torch's quantized tensors are about to go
+    shape = (max(1, round(mib * 2**20 / (4 * np.prod(MAP)))), *MAP)
+    chosen, failures = subjects(spellings, TensorSpec(shape, torch.float32)), dict[str, str]()
     first_use = measure_first_use(first_used, device)
     if device.type == "cpu":
         on_one_core()
-    batch = max(1, round(mib * 2**20 / (4 * np.prod(MAP))))
-    shape = (batch, *MAP)
     x = made(kind, shape).to(device)
-    chosen, failures = subjects(spellings, TensorSpec.of(x)), dict[str, str]()
     wire, error, memory = dict[str, float](), dict[str, float](), dict[str, dict[str, float]]()
     for subject in chosen:
         try:
@@ -165,7 +168,7 @@ def _count(nbytes: int, device: torch.device) -> int:
     if device.type == "cpu":
         return 1
     cache: int = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(MOST_SETS, max(3, -(-3 * cache // max(1, nbytes))))
+    return min(MOST_SETS, max(4, -(-3 * cache // max(1, nbytes))))
 
 
 def _about(device: torch.device) -> Found:

@@ -86,7 +86,8 @@ def test_codes_and_values_are_equal(layout: Layout, stochastic: bool) -> None:
         assert isinstance(codec, Uniform | SortQuantization)
         x, scheme = data(layout.numel, dtype=dtype), Scheme(layout, codec.bits, codec.split_bits, stochastic)
         minima, maxima = codec.ranges(x, layout, torch_kernels)
-        table, inverse = make_table(minima, maxima, scheme.levels, torch.promote_types(dtype, torch.float32))
+        wide = torch.promote_types(dtype, torch.float32)
+        table, minima, inverse = make_table(minima, maxima, scheme.levels, wide)
         seed = seeds(table) if stochastic else None
         expected = torch_kernels.encode(x, minima, inverse, seed, scheme)
         assert torch.equal(cpu_kernels.encode(x, minima, inverse, seed, scheme), expected)
@@ -103,7 +104,7 @@ def test_every_number_of_bits_and_length(bits: int) -> None:
         scheme, spec = Scheme(Layout(1, 1, count), bits, 0), TensorSpec.of(x)
         codes, table = codec.encode(x)
         minima = x.double().min().view(1, 1)
-        _, inverse = make_table(minima, x.double().max().view(1, 1), scheme.levels, torch.float32)
+        _, minima, inverse = make_table(minima, x.double().max().view(1, 1), scheme.levels, torch.float32)
         assert torch.equal(codes, torch_kernels.encode(x, minima, inverse, None, scheme))
         expected = torch_kernels.decode(codes, table[:, None], scheme, spec)
         assert torch.equal(codec.decode((codes, table), spec), expected)

@@ -23,6 +23,7 @@ from fxsplit.compressors.grouping import Layout
 from fxsplit.compressors.packing import pack, packed_bytes, unpack
 from fxsplit.compressors.scheme import Scheme
 from fxsplit.compressors.scheme import make_table as make_table
+from fxsplit.compressors.scheme import seeds as seeds
 from fxsplit.spec import TensorSpec
 
 Array = npt.NDArray[Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -28,8 +29,14 @@ class Kernels(Protocol):
         """The values of the given ranks, ascending, in each group: float64 `[groups, ranks]`."""
         ...
 
-    def make_table(self, minima: Tensor, maxima: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What the receiver and the sender use of the ranges."""
+    def make_table(
+        self, minima: Tensor, maxima: Tensor, levels: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the receiver and the sender use of the ranges: table, minima, inverse."""
+        ...
+
+    def seeds(self, table: Tensor) -> Tensor:
+        """The seed of each group, for stochastic rounding."""
         ...
 
     def encode(
@@ -47,4 +54,9 @@ def kernels_for(device: torch.device, count: int) -> Kernels:
     """The fastest kernels that work on a device, for a tensor of so many elements."""
     if device.type == "cpu" and count >= COMPILED_FROM and cpu_kernels.available():
         return cpu_kernels
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from fxsplit.compressors import cuda_kernels
+
+        if cuda_kernels.available(device):
+            return cuda_kernels
     return torch_kernels

@@ -20,18 +20,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fxsplit.compressors import torch_kernels
 from fxsplit.compressors.base import Compressor
 from fxsplit.compressors.floating import DTYPES as DTYPES
 from fxsplit.compressors.floating import check_floating, not_finite, plain, wide_dtype
-from fxsplit.compressors.grouping import Layout, check_group
+from fxsplit.compressors.grouping import Layout, check_group, check_rounding
 from fxsplit.compressors.kernels import Kernels, kernels_for
 from fxsplit.compressors.packing import packed_bytes
-from fxsplit.compressors.scheme import Scheme, seeds
+from fxsplit.compressors.scheme import Scheme
 from fxsplit.errors import CompressorError
 from fxsplit.spec import TensorSpec
-
-ROUNDINGS = ("nearest", "stochastic")
-"""The ways to round."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,7 @@ class Quantization(Compressor):
         """Checks the options, so that construction in Python is refused like a spelling."""
         self.check_integer("bits", 2, 16)
         check_group(self.group, f"{self.name}: group")
-        if self.rounding not in ROUNDINGS:
-            raise CompressorError(
-                "wrong argument",
-                where=f"{self.name}: rounding",
-                found=repr(self.rounding),
-                allowed=", ".join(ROUNDINGS),
-            )
+        check_rounding(self.rounding, f"{self.name}: rounding")
 
     @property
     @abstractmethod
@@ -123,16 +115,26 @@ class Quantization(Compressor):
             codes = values.new_empty(codes_spec.shape, dtype=torch.uint8)
             return codes, values.new_zeros(table_spec.shape, dtype=table_spec.dtype)
         kernels = kernels_for(values.device, values.numel())
-        minima, maxima = self.ranges(values, scheme.layout, kernels)
-        table, inverse = kernels.make_table(minima, maxima, scheme.levels, table_spec.dtype)
-        finite = table.isfinite().all()
-        if values.device.type == "cpu":
-            self._check(finite, values)
-        seed = seeds(table) if scheme.stochastic else None
-        codes = kernels.encode(values, minima, inverse, seed, scheme)
-        if values.device.type != "cpu":  # the codes are under way while the host waits for the answer
-            self._check(finite, values)
+        table, codes = self._encode(values, scheme, kernels)
+        if not bool(table.isfinite().all()):
+            if not bool(values.isfinite().all()):
+                raise not_finite(self, values)
+            # Or these kernels gave up, which they say by NaN.
+            table, codes = self._encode(values, scheme, torch_kernels)
+            self._check_span(table, values)
         return codes, table.view(table_spec.shape)
+
+    def _encode(self, values: Tensor, scheme: Scheme, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        """Table and codes; if the table is not finite, no codes on a CPU, and elsewhere codes without meaning.
+
+        An accelerator is under way with the codes while the host waits to hear whether the table is finite.
+        """
+        minima, maxima = self.ranges(values, scheme.layout, kernels)
+        table, minima, inverse = kernels.make_table(minima, maxima, scheme.levels, wide_dtype(values.dtype))
+        if values.device.type == "cpu" and not bool(table.isfinite().all()):
+            return table, table
+        seeds = kernels.seeds(table) if scheme.stochastic else None
+        return table, kernels.encode(values, minima, inverse, seeds, scheme)
 
     def decode(self, payload: Sequence[Tensor], spec: TensorSpec) -> Tensor:
         """The values that the codes stand for, a new contiguous tensor of `spec`.
@@ -151,15 +153,12 @@ class Quantization(Compressor):
             Layout.of(spec, self.group), self.bits, self.split_bits, stochastic=self.rounding == "stochastic"
         )
 
-    def _check(self, finite: Tensor, values: Tensor) -> None:
-        """Refuses values whose table is not finite."""
-        if bool(finite):
-            return
-        if not bool(values.isfinite().all()):
-            raise not_finite(self, values)
-        raise CompressorError(
-            f"the values span more than a step of {self} can hold",
-            found=f"{values.min().item():g} to {values.max().item():g}",
-            allowed=f"a step below {torch.finfo(wide_dtype(values.dtype)).max:g}",
-            hint="use more bits, or send this edge with the compressor 'none'",
-        )
+    def _check_span(self, table: Tensor, values: Tensor) -> None:
+        """Refuses finite values whose table is not finite."""
+        if not bool(table.isfinite().all()):
+            raise CompressorError(
+                f"the values span more than a step of {self} can hold",
+                found=f"{values.min().item():g} to {values.max().item():g}",
+                allowed=f"a step below {torch.finfo(table.dtype).max:g}",
+                hint="use more bits, or send this edge with the compressor 'none'",
+            )

@@ -41,6 +41,7 @@ LAYOUTS = [
     Layout(33, 17, 1),
     Layout(9, 6, 5),
     Layout(1, 1, 300_000),
+    Layout(2, 3, 130),
 ]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CODECS: list[Compressor] = [

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.readme import fill
 
 from .configs import CONFIGS, PAIRS, Config
 
@@ -121,13 +122,8 @@ def write_report(rows: Sequence[Mapping[str, Any]], readme: Path = README) -> li
         ValueError: as `results_of`; or the README lacks the marks.
     """
     found = results_of(rows)
-    text = readme.read_text(encoding="utf-8")
-    for name, content in (("results", f"{about(found)}\n\n{PICTURE}\n\n{table(found)}"), ("facts", facts(found))):
-        place = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
-        if not place.search(text):
-            raise ValueError(f"{readme} has no place <!-- {name} --> ... <!-- end of {name} -->")
-        text = place.sub(lambda _, content=content: f"\n{content}\n\n", text)  # type: ignore[misc]
-    readme.write_text(text, encoding="utf-8")
+    fill(readme, "results", f"{about(found)}\n\n{PICTURE}\n\n{table(found)}")
+    fill(readme, "facts", facts(found))
     lines = (json.dumps(row) for result in found for row in result.rows)
     readme.with_name("results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return found

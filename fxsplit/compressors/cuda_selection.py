@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -104,13 +105,13 @@ def ranges(values: Tensor, layout: Layout, rule: RangeRule, levels: int, dtype: 
     shape = (layout.groups, rule.buckets)
     table = values.new_empty(2, *shape, dtype=torch.float32)
     minima, inverse = values.new_empty(2, *shape, dtype=torch.float64)
-    finite = torch.ones(1, dtype=torch.int32, pin_memory=values.is_cuda)  # the device writes it
+    finite = _Flag.take(values.device)
     with on_device(values.device):
         if is_selected:
             selection = _Selection.of(values, layout, _Plan.between(rule, layout.group_size, values.device))
             triton_selection.selected_ranges_kernel[shape](
                 *selection.tensors,
-                *(table, minima, inverse, finite),
+                *(table, minima, inverse, finite.memory),
                 selection.programs,
                 **selection.sizes,
                 LEVELS=levels,
@@ -121,7 +122,7 @@ def ranges(values: Tensor, layout: Layout, rule: RangeRule, levels: int, dtype: 
             parts, programs = _extreme_parts(values, layout) if rule.touching else (table, 1)
             block = triton.next_power_of_2(samples) if rule.buckets > 1 else 1
             triton_ranges.sampled_ranges_kernel[shape](
-                *(values, parts, table, minima, inverse, finite),
+                *(values, parts, table, minima, inverse, finite.memory),
                 *_sizes(layout),
                 rule.stride,
                 programs,
@@ -134,16 +135,46 @@ def ranges(values: Tensor, layout: Layout, rule: RangeRule, levels: int, dtype: 
                 num_warps=max(4, _warps(block)),
                 enable_fp_fusion=False,
             )
-        done = torch.cuda.Event() if values.is_cuda else None
-        if done is not None:
-            done.record()
+        finite.record()
+    return Ranges(table, minima, inverse, finite.read)
 
-    def are_finite() -> bool:
-        if done is not None:
-            done.synchronize()
-        return bool(finite.item())
 
-    return Ranges(table, minima, inverse, are_finite)
+class _Flag:
+    """A number that the device may turn from 1 to 0, and an event after which it stands.
+
+    They are kept for later: making pinned memory and an event takes as long as a launch.
+    """
+
+    _kept: ClassVar[dict[torch.device, deque[_Flag]]] = defaultdict(deque)
+
+    def __init__(self, device: torch.device) -> None:
+        self.memory = torch.ones(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._array = self.memory.numpy()
+        self._device = device
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+
+    @classmethod
+    def take(cls, device: torch.device) -> _Flag:
+        """One that is 1."""
+        try:
+            flag = cls._kept[device].pop()
+        except IndexError:
+            return cls(device)
+        flag._array[0] = 1
+        return flag
+
+    def record(self) -> None:
+        """The kernels that may change it are launched, on the current stream."""
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> bool:
+        """Whether it is still 1, once these kernels are over; to be called once."""
+        if self._event is not None:
+            self._event.synchronize()
+        is_one = bool(self._array[0])
+        self._kept[self._device].append(self)
+        return is_one
 
 
 @dataclass(frozen=True)
@@ -193,9 +224,9 @@ class _Selection:
     """What was counted and copied; see `triton_selection`.
 
     Attributes:
-        tensors: boundaries, ends, counts, bins, kept keys, and parts of the extremes.
+        tensors: counts, places, windows, kept keys, and parts of the extremes.
         programs: parts of each group.
-        sizes: of bins and room, as kernels want them.
+        sizes: of the room and of the parts, as kernels want them.
     """
 
     tensors: tuple[Tensor, ...]
@@ -213,10 +244,11 @@ class _Selection:
         # A bracket is 4 standard deviations wide to both sides, at most 2 * sqrt(sample) elements of the sample.
         expected = size * (4 * math.isqrt(sample) + 8) // sample
         bins = min(2048, max(64, triton.next_power_of_2(expected // BIN)))
-        programs = _programs(layout, limit=1023)
-        counts, ends, kept, bin_counts, parts = torch.empty(
-            groups * (16 + 12 + 3 * ROOM + 3 * bins + 2 * programs), dtype=torch.int32, device=device
-        ).split([groups * n for n in (16, 12, 3 * ROOM, 3 * bins, 2 * programs)])
+        programs = _programs(layout, limit=511)  # of 1023 halves of blocks
+        lengths = [groups * n for n in (16, 24, 24, 12, 3 * ROOM, 3 * bins, 2 * programs)]
+        memory = torch.empty(sum(lengths), dtype=torch.int32, device=device)
+        counts, places, windows, ends, kept, bin_counts, parts = memory.split(lengths)
+        windows = windows.view(torch.float32)
         shared: dict[str, Any] = {"BINS": bins, **_indexing(layout)}
         sizes, count = _sizes(layout), len(boundaries)
         ends = ends.view(torch.float32)
@@ -231,10 +263,13 @@ class _Selection:
             **shared,
         )
         triton_selection.count_kernel[(groups, programs)](
-            *(values, ends, counts, bin_counts, parts), *sizes, BLOCK=BLOCK, num_warps=8, **shared
+            *(values, ends, counts, bin_counts, parts), *sizes, BLOCK=BLOCK // 2, num_warps=8, **shared
+        )
+        triton_selection.locate_kernel[(groups, 2 * count)](
+            *(boundaries, ends, counts, bin_counts, places, windows), BINS=bins, num_warps=4
         )
         triton_selection.collect_kernel[(groups, programs)](
-            *(values, boundaries, ends, counts, bin_counts, kept),
+            *(values, ends, counts, places, windows, kept),
             *sizes,
             BOUNDARIES=count,
             ROOM=ROOM,
@@ -242,8 +277,8 @@ class _Selection:
             num_warps=8,
             **shared,
         )
-        constants = {"BINS": bins, "ROOM": ROOM, "PARTS": triton.next_power_of_2(programs)}
-        return cls((boundaries, ends, counts, bin_counts, kept, parts), programs, constants)
+        constants = {"ROOM": ROOM, "PARTS": triton.next_power_of_2(programs)}
+        return cls((counts, places, windows, kept, parts), programs, constants)
 
 
 def _extreme_parts(values: Tensor, layout: Layout) -> tuple[Tensor, int]:

@@ -82,7 +82,8 @@ class Ranges:
         table: `[2, groups, buckets]`, minima and steps, in the dtype that is sent.
         minima: float64 `[groups, buckets]`.
         inverse: the same.
-        are_finite: whether all of the table is finite; it may wait for the device, for the table and no more.
+        are_finite: whether all of the table is finite, to be asked once; it may wait for the device, but for the
+            table alone.
     """
 
     table: Tensor

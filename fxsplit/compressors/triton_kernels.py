@@ -96,11 +96,11 @@ def encode_kernel(
     first = group_row(index, row, groups, inner, ONE_GROUP, ALIGNED) * BUCKETS
     bucket = tl.zeros((ROWS, 8), tl.int32)
     if BUCKETS <= MAX_COMPARED:
-        minimum = tl.broadcast_to(tl.load(minima_at + first).to(WIDE), (ROWS, 8))
+        minimum = tl.broadcast_to(tl.load(minima_at + first), (ROWS, 8))
         inverse = tl.broadcast_to(tl.load(inverse_at + first), (ROWS, 8))
         for j in tl.static_range(1, BUCKETS):
-            bound = tl.load(minima_at + first + j).to(WIDE)  # exact, and half the work
-            above = x >= bound
+            bound = tl.load(minima_at + first + j)
+            above = x >= bound.to(WIDE)
             minimum = tl.where(above, bound, minimum)
             inverse = tl.where(above, tl.load(inverse_at + first + j), inverse)
             bucket += above.to(tl.int32)
@@ -110,7 +110,7 @@ def encode_kernel(
             bucket = tl.where(x >= tl.load(minima_at + first + probe).to(WIDE), probe, bucket)
         minimum = tl.load(minima_at + first + bucket)
         inverse = tl.load(inverse_at + first + bucket)
-    scaled = (x.to(tl.float64) - minimum.to(tl.float64)) * inverse
+    scaled = (x.to(tl.float64) - minimum) * inverse
     if STOCHASTIC:
         seed = tl.load(seeds_at + first // BUCKETS)
         u = (mix(index.to(tl.uint32) + seed).to(tl.float64) + 0.5) * 2.3283064365386963e-10

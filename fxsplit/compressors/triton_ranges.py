@@ -28,25 +28,65 @@ def float_key(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def kth_key(keys: tl.tensor, k: tl.tensor) -> tl.tensor:
-    """The key of rank k, from 0: the least number that more than k are up to; GREATEST stands for no key.
+def kth_keys(keys: tl.tensor, k: tl.tensor, also_k: tl.tensor) -> tl.tensor:
+    """The keys of two ranks, from 0, of at most 2**15 keys; GREATEST stands for no key.
 
-    Each step asks at three places at once, in parts of 21 bits of one sum.
+    Of each, the key is above `low` and up to `high`. Both searches ask at one place at a time, mostly where the
+    key would be if values were equally likely, and count in the halves of one sum.
     """
-    low = tl.min(keys, 0).to(tl.int64)
-    high = tl.max(tl.where(keys == GREATEST, tl.min(keys, 0), keys), 0).to(tl.int64)
-    while low < high:
-        span = high - low
-        first, second, third = low + (span >> 2), low + (span >> 1), low + ((3 * span) >> 2)
-        asked = (keys <= first.to(tl.int32)).to(tl.int64)
-        asked += tl.where(keys <= second.to(tl.int32), 1 << 21, 0).to(tl.int64)
-        asked += tl.where(keys <= third.to(tl.int32), 1, 0).to(tl.int64) << 42
-        counts = tl.sum(asked, 0)
-        more1, more2 = (counts & 0x1FFFFF) > k, ((counts >> 21) & 0x1FFFFF) > k
-        more3 = (counts >> 42) > k
-        low = tl.where(more1, low, tl.where(more2, first + 1, tl.where(more3, second + 1, third + 1)))
-        high = tl.where(more1, first, tl.where(more2, second, tl.where(more3, third, high)))
-    return low.to(tl.int32)
+    is_key = keys != GREATEST
+    least = tl.min(keys, 0)
+    greatest = tl.max(tl.where(is_key, keys, least), 0)
+    number = tl.sum(is_key.to(tl.int32), 0)
+    low = tl.maximum(least, -GREATEST) - 1  # that of a NaN may be the least of all integers
+    low_count, high, high_count = number * 0, greatest, number
+    also_low, also_low_count, also_high, also_high_count = low, low_count, high, high_count
+    step = number * 0
+    going = (low + 1 < high) & (number > 1)
+    while going:
+        at = between(k, low, low_count, high, high_count, step)
+        also_at = between(also_k, also_low, also_low_count, also_high, also_high_count, step)
+        counts = tl.sum((keys <= at).to(tl.int32) + ((keys <= also_at).to(tl.int32) << 16), 0)
+        count, also_count = counts & 0xFFFF, (counts >> 16) & 0xFFFF
+        low, low_count = tl.where(count > k, low, at), tl.where(count > k, low_count, count)
+        high, high_count = tl.where(count > k, at, high), tl.where(count > k, count, high_count)
+        also_more = also_count > also_k
+        also_low_count = tl.where(also_more, also_low_count, also_count)
+        also_low = tl.where(also_more, also_low, also_at)
+        also_high_count = tl.where(also_more, also_count, also_high_count)
+        also_high = tl.where(also_more, also_at, also_high)
+        step += 1
+        going = (low + 1 < high) & (high_count - low_count > 1)
+        going = going | ((also_low + 1 < also_high) & (also_high_count - also_low_count > 1))
+    key = tl.min(tl.where(keys > low, keys, GREATEST), 0)
+    return key, tl.min(tl.where(keys > also_low, keys, GREATEST), 0)
+
+
+@triton.jit
+def between(
+    k: tl.tensor,
+    low: tl.tensor,
+    low_count: tl.tensor,
+    high: tl.tensor,
+    high_count: tl.tensor,
+    step: tl.tensor,
+) -> tl.tensor:
+    """A key from `low` to `high` - 1 to ask at; every third in the middle, so that the end is near at worst."""
+    middle = ((low.to(tl.int64) + high.to(tl.int64)) >> 1).to(tl.int32)
+    first, last = value_of(low), value_of(high)
+    share = (k - low_count + 0.5) / tl.maximum(high_count - low_count, 1).to(tl.float32)
+    guess = first * (1 - share) + last * share
+    is_usual = (guess >= first) & (guess < last) & (step % 3 < 2)  # not if an end is NaN
+    at = tl.where(is_usual, float_key(guess), middle)
+    at = tl.minimum(tl.maximum(at, low), high - 1)
+    return tl.where(at == low, tl.minimum(low + 1, high - 1), at)
+
+
+@triton.jit
+def kth_key(keys: tl.tensor, k: tl.tensor) -> tl.tensor:
+    """The key of a rank; see `kth_keys`."""
+    key, _ = kth_keys(keys, k, k)
+    return key
 
 
 @triton.jit
@@ -216,13 +256,13 @@ def sampled_ranges_kernel(
         low, high = extreme_of(parts, 0, programs, PARTS), extreme_of(parts, 1, programs, PARTS)
         if BUCKETS > 1:
             keys = sampled_keys(values_at, group, size, groups, inner, stride, INDEX, ONE_RUN, BLOCK)
-            if bucket > 0:
-                low = value_of(kth_key(keys, first))
-            if bucket < BUCKETS - 1:
-                high = value_of(kth_key(keys, last))
+            low_key, high_key = kth_keys(keys, first, last)
+            low = tl.where(bucket > 0, value_of(low_key), low)
+            high = tl.where(bucket < BUCKETS - 1, value_of(high_key), high)
     else:
         last = tl.minimum(first + chunk - 1, samples - 1)
         keys = sampled_keys(values_at, group, size, groups, inner, stride, INDEX, ONE_RUN, BLOCK)
-        low, high = value_of(kth_key(keys, first)), value_of(kth_key(keys, last))
+        low_key, high_key = kth_keys(keys, first, last)
+        low, high = value_of(low_key), value_of(high_key)
     at = group.to(tl.int64) * BUCKETS + bucket
     store_range(low, high, at, table_at, low_at, inverse_at, finite_at, LEVELS)

@@ -227,10 +227,25 @@ def locate(rank: tl.tensor, counts: tl.tensor, ends: tl.tensor, bins: tl.tensor,
 
 
 @triton.jit
-def window(rank: tl.tensor, counts: tl.tensor, ends: tl.tensor, bins: tl.tensor, BINS: tl.constexpr) -> tl.tensor:
-    """The bin of a rank, and scaled values between which its elements are, and hardly any others."""
+def locate_kernel(
+    ranks_at: tl.tensor,
+    ends_at: tl.tensor,
+    counts_at: tl.tensor,
+    bins_at: tl.tensor,
+    places_at: tl.tensor,
+    windows_at: tl.tensor,
+    BINS: tl.constexpr,
+) -> None:
+    """Where the ranks are found; grid (groups, 2 * boundaries).
+
+    Places are [groups, 6, 4]: the bin, or -1; the rank inside it; how many are in it. Windows are float32
+    [groups, 6, 4]: two scaled values between which the bin's elements are, and hardly any others; the value
+    that a rank in no bin has, or NaN.
+    """
+    group, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    ends, counts = ends_at + group * ENDS, counts_at + group * 16
     _, low0, high0, scale0, low1, high1, scale1, low2, high2, scale2 = load_brackets(ends, BINS)
-    bin, _, _, _ = locate(rank, counts, ends, bins, BINS)
+    bin, rank, size, value = locate(tl.load(ranks_at + number), counts, ends, bins_at + group * (3 * BINS), BINS)
     at = bin // BINS
     low = tl.where(at == 2, low2, tl.where(at == 1, low1, low0))
     high = tl.where(at == 2, high2, tl.where(at == 1, high1, high0))
@@ -241,26 +256,30 @@ def window(rank: tl.tensor, counts: tl.tensor, ends: tl.tensor, bins: tl.tensor,
     last = low + (offset + 1.01) / tl.where(scale > 0, scale, 1.0)
     first = tl.where(scale > 0, first - tl.abs(first) * 1e-6, low)
     last = tl.where(scale > 0, last + tl.abs(last) * 1e-6, high)
-    return bin, tl.where(bin < 0, INFINITY, first), tl.where(bin < 0, -INFINITY, last)
+    places, windows = places_at + (group * 6 + number) * 4, windows_at + (group * 6 + number) * 4
+    tl.store(places, bin)
+    tl.store(places + 1, rank)
+    tl.store(places + 2, size)
+    tl.store(windows, tl.where(bin < 0, INFINITY, first))
+    tl.store(windows + 1, tl.where(bin < 0, -INFINITY, last))
+    tl.store(windows + 2, value)
 
 
 @triton.jit
-def boundary_window(
-    ranks: tl.tensor, counts: tl.tensor, ends: tl.tensor, bins: tl.tensor, BINS: tl.constexpr
-) -> tl.tensor:
+def boundary_window(places: tl.tensor, windows: tl.tensor) -> tl.tensor:
     """The bins of a boundary's two ranks, and the window of both."""
-    lower, first, last = window(tl.load(ranks), counts, ends, bins, BINS)
-    upper, also_first, also_last = window(tl.load(ranks + 1), counts, ends, bins, BINS)
-    return lower, upper, tl.minimum(first, also_first), tl.maximum(last, also_last)
+    first = tl.minimum(tl.load(windows), tl.load(windows + 4))
+    last = tl.maximum(tl.load(windows + 1), tl.load(windows + 5))
+    return tl.load(places), tl.load(places + 4), first, last
 
 
 @triton.jit
 def collect_kernel(
     values_at: tl.tensor,
-    ranks_at: tl.tensor,
     ends_at: tl.tensor,
     counts_at: tl.tensor,
-    bins_at: tl.tensor,
+    places_at: tl.tensor,
+    windows_at: tl.tensor,
     kept_at: tl.tensor,
     size: tl.tensor,
     groups: tl.tensor,
@@ -278,23 +297,23 @@ def collect_kernel(
     """
     group = tl.program_id(0).to(INDEX)
     lanes = tl.arange(0, BLOCK).to(INDEX)
-    ends, counts = ends_at + group * ENDS, counts_at + group * 16
-    bins, kept = bins_at + group * (3 * BINS), kept_at + group * (3 * ROOM)
+    ends, counts, kept = ends_at + group * ENDS, counts_at + group * 16, kept_at + group * (3 * ROOM)
+    places, windows = places_at + group * 24, windows_at + group * 24
     factor, low0, high0, scale0, low1, high1, scale1, low2, high2, scale2 = load_brackets(ends, BINS)
-    lower0, upper0, first0, last0 = boundary_window(ranks_at, counts, ends, bins, BINS)
+    lower0, upper0, first0, last0 = boundary_window(places, windows)
     lower1, upper1, first1, last1 = lower0, upper0, first0, last0
     lower2, upper2, first2, last2 = lower0, upper0, first0, last0
     if BOUNDARIES > 1:
-        lower1, upper1, first1, last1 = boundary_window(ranks_at + 2, counts, ends, bins, BINS)
+        lower1, upper1, first1, last1 = boundary_window(places + 8, windows + 8)
     if BOUNDARIES > 2:
-        lower2, upper2, first2, last2 = boundary_window(ranks_at + 4, counts, ends, bins, BINS)
+        lower2, upper2, first2, last2 = boundary_window(places + 16, windows + 16)
     for tile in range(tl.program_id(1), tl.cdiv(size, BLOCK), tl.num_programs(1)):
         j = tl.cast(tile, INDEX) * BLOCK + lanes
         at = values_at + place(j, group, size, groups, inner, ONE_RUN)
         unscaled = tl.load(at, mask=j < size, other=INFINITY).to(tl.float32)
         x = unscaled * factor
         near = ((x >= first0) & (x <= last0)) | ((x >= first1) & (x <= last1)) | ((x >= first2) & (x <= last2))
-        if tl.max((near & (j < size)).to(tl.int32), 0) > 0:
+        if tl.max(near.to(tl.int32), 0) > 0:
             bin = bin_of(x, low0, high0, scale0, low1, high1, scale1, low2, high2, scale2, BINS)
             bin = tl.where(j < size, bin, -1)
             key = float_key(unscaled)
@@ -325,24 +344,23 @@ def copy_keys(
 
 @triton.jit
 def boundary_value(
-    boundary: tl.tensor,
-    side: tl.tensor,
+    number: tl.tensor,
     group: tl.tensor,
-    ranks_at: tl.tensor,
-    ends_at: tl.tensor,
     counts_at: tl.tensor,
-    bins_at: tl.tensor,
+    places_at: tl.tensor,
+    windows_at: tl.tensor,
     kept_at: tl.tensor,
-    BINS: tl.constexpr,
     ROOM: tl.constexpr,
 ) -> tl.tensor:
-    """The value of the lower (side 0) or the upper rank (1) of a boundary, float32; NaN if it is not known."""
-    ends, counts, bins = ends_at + group * ENDS, counts_at + group * 16, bins_at + group * (3 * BINS)
+    """The value of a rank, float32; NaN if it is not known. Its number is twice the boundary, and its side."""
+    boundary = number // 2
+    places = places_at + (group * 6 + 2 * boundary) * 4
+    lower, bin = tl.load(places), tl.load(places + 4 * (number % 2))
+    rank = tl.load(places + 4 * (number % 2) + 1)
+    rank += tl.where((lower >= 0) & (bin > lower), tl.load(places + 2), 0)
+    value = tl.load(windows_at + (group * 6 + number) * 4 + 2)
     kept = kept_at + (group * 3 + boundary) * ROOM
-    lower, _, lower_number, _ = locate(tl.load(ranks_at + 2 * boundary), counts, ends, bins, BINS)
-    bin, rank, _, value = locate(tl.load(ranks_at + 2 * boundary + side), counts, ends, bins, BINS)
-    rank += tl.where((lower >= 0) & (bin > lower), lower_number, 0)
-    copied = tl.load(counts + COPIED + boundary)
+    copied = tl.load(counts_at + group * 16 + COPIED + boundary)
     lanes = tl.arange(0, ROOM)
     if bin >= 0:
         inside = lanes < tl.minimum(copied, ROOM - 2)
@@ -360,16 +378,14 @@ def boundary_value(
 @triton.jit
 def find_kernel(
     wanted_at: tl.tensor,
-    ranks_at: tl.tensor,
-    ends_at: tl.tensor,
     counts_at: tl.tensor,
-    bins_at: tl.tensor,
+    places_at: tl.tensor,
+    windows_at: tl.tensor,
     kept_at: tl.tensor,
     parts_at: tl.tensor,
     found_at: tl.tensor,
     programs: tl.tensor,
     columns: tl.tensor,
-    BINS: tl.constexpr,
     ROOM: tl.constexpr,
     PARTS: tl.constexpr,
 ) -> None:
@@ -383,18 +399,15 @@ def find_kernel(
     if number < 0:
         value = extreme_of(parts_at + group * 2 * programs, -1 - number, programs, PARTS)
     else:
-        value = boundary_value(
-            number // 2, number % 2, group, ranks_at, ends_at, counts_at, bins_at, kept_at, BINS, ROOM
-        )
+        value = boundary_value(number, group, counts_at, places_at, windows_at, kept_at, ROOM)
     tl.store(found_at + group * columns + column, value.to(tl.float64))
 
 
 @triton.jit
 def selected_ranges_kernel(
-    ranks_at: tl.tensor,
-    ends_at: tl.tensor,
     counts_at: tl.tensor,
-    bins_at: tl.tensor,
+    places_at: tl.tensor,
+    windows_at: tl.tensor,
     kept_at: tl.tensor,
     parts_at: tl.tensor,
     table_at: tl.tensor,
@@ -402,7 +415,6 @@ def selected_ranges_kernel(
     inverse_at: tl.tensor,
     finite_at: tl.tensor,
     programs: tl.tensor,
-    BINS: tl.constexpr,
     ROOM: tl.constexpr,
     PARTS: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -413,9 +425,9 @@ def selected_ranges_kernel(
     if bucket == 0:
         low = extreme_of(parts, 0, programs, PARTS)
     else:
-        low = boundary_value(bucket - 1, 1, group, ranks_at, ends_at, counts_at, bins_at, kept_at, BINS, ROOM)
+        low = boundary_value(2 * bucket - 1, group, counts_at, places_at, windows_at, kept_at, ROOM)
     if bucket == buckets - 1:
         high = extreme_of(parts, 1, programs, PARTS)
     else:
-        high = boundary_value(bucket, 0, group, ranks_at, ends_at, counts_at, bins_at, kept_at, BINS, ROOM)
+        high = boundary_value(2 * bucket, group, counts_at, places_at, windows_at, kept_at, ROOM)
     store_range(low, high, group * buckets + bucket, table_at, low_at, inverse_at, finite_at, LEVELS)

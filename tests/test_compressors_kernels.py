@@ -86,7 +86,9 @@ def test_codes_and_values_are_equal(layout: Layout, stochastic: bool) -> None:
         dtype = FLOATS[index % 4] if layout.numel < 10_000 else torch.float32
         assert isinstance(codec, Uniform | SortQuantization)
         x, scheme = data(layout.numel, dtype=dtype), Scheme(layout, codec.bits, codec.split_bits, stochastic)
-        minima, maxima = codec.ranges(x, layout, torch_kernels)
+        minima, maxima = codec.rule(layout).ranges(
+            x, layout, torch_kernels.extremes, torch_kernels.order_statistics
+        )
         wide = torch.promote_types(dtype, torch.float32)
         table, minima, inverse = make_table(minima, maxima, scheme.levels, wide)
         seed = seeds(table) if stochastic else None

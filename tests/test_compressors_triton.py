@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxsplit.compressors import FastQuantization, SortQuantization, Uniform, kernels, torch_kernels
 from fxsplit.compressors.grouping import Layout
-from fxsplit.compressors.scheme import Scheme, make_table, seeds
+from fxsplit.compressors.scheme import Scheme, seeds
 from fxsplit.errors import CompressorError
 from fxsplit.spec import TensorSpec
 from tests.test_compressors_kernels import FLOATS, LAYOUTS, data
@@ -54,24 +54,25 @@ def test_codes_and_values_are_equal(layout: Layout, stochastic: bool) -> None:
         dtype = FLOATS[index % 4]
         x, scheme = data(layout.numel, dtype=dtype), Scheme(layout, bits, split, stochastic)
         codec = SortQuantization(bits, split) if split else Uniform(bits)
-        minima, maxima = codec.ranges(x, layout, torch_kernels)
         wide = torch.promote_types(dtype, torch.float32)
-        table, low, inverse = make_table(minima, maxima, scheme.levels, wide)
-        seed = seeds(table) if stochastic else None
-        found = fast.make_table(minima.cuda(), maxima.cuda(), scheme.levels, wide)
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, (table, low, inverse), strict=True))
+        found = fast.ranges(x.cuda(), layout, codec.rule(layout), scheme.levels, wide)
+        expected = torch_kernels.ranges(x, layout, codec.rule(layout), scheme.levels, wide)
+        assert found.are_finite()
+        for name in ("table", "minima", "inverse"):
+            assert torch.equal(getattr(found, name).cpu(), getattr(expected, name)), name
+        seed = seeds(expected.table) if stochastic else None
         if stochastic:
             assert seed is not None
-            device_seed = fast.seeds(found[0])
+            device_seed = fast.seeds(found.table)
             assert torch.equal(device_seed.cpu().long() & 0xFFFFFFFF, seed.long() & 0xFFFFFFFF)
         else:
             device_seed = None
-        codes = torch_kernels.encode(x, low, inverse, seed, scheme)
-        device_codes = fast.encode(x.cuda(), found[1], found[2], device_seed, scheme)
+        codes = torch_kernels.encode(x, expected.minima, expected.inverse, seed, scheme)
+        device_codes = fast.encode(x.cuda(), found.minima, found.inverse, device_seed, scheme)
         assert torch.equal(device_codes.cpu(), codes)
         spec = TensorSpec.of(x)
-        decoded = fast.decode(device_codes, found[0], scheme, spec)
-        assert torch.equal(decoded.cpu(), torch_kernels.decode(codes, table, scheme, spec))
+        decoded = fast.decode(device_codes, found.table, scheme, spec)
+        assert torch.equal(decoded.cpu(), torch_kernels.decode(codes, expected.table, scheme, spec))
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *MORE_LAYOUTS], ids=str)

@@ -21,8 +21,8 @@ from torch import Tensor
 from fxsplit.compressors import torch_kernels
 from fxsplit.compressors.grouping import Layout
 from fxsplit.compressors.packing import pack, packed_bytes, unpack
+from fxsplit.compressors.ranges import RangeRule, Ranges, found_ranges
 from fxsplit.compressors.scheme import Scheme
-from fxsplit.compressors.scheme import make_table as make_table
 from fxsplit.compressors.scheme import seeds as seeds
 from fxsplit.spec import TensorSpec
 
@@ -154,6 +154,11 @@ def _select(values: Tensor, ranks: Sequence[int]) -> Tensor:
     )
     statistics = torch.from_numpy(found.view(signed)).view(values.dtype).view(groups, len(ranks))
     return statistics.double()
+
+
+def ranges(values: Tensor, layout: Layout, rule: RangeRule, levels: int, dtype: torch.dtype) -> Ranges:
+    """The ranges that a rule asks for; see `found_ranges`."""
+    return found_ranges(values, layout, rule, levels, dtype, extremes, order_statistics)
 
 
 @_or_torch

@@ -1,7 +1,7 @@
 """The work of the quantizers on a GPU, by Triton; the numbers are those of `torch_kernels`.
 
-Nothing here waits for the device. What Triton has no kernel for (order statistics of float64, of many ranks,
-and of groups of awkward size) is done by `torch_kernels`.
+Nothing here waits for the device. What Triton has no kernel for (ranges of float64, many ranks, groups of
+awkward size) is done by `torch_kernels`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fxsplit.compressors import triton_kernels
-from fxsplit.compressors.cuda_selection import FLOATS, on_device
 from fxsplit.compressors.cuda_selection import extremes as extremes
+from fxsplit.compressors.cuda_selection import on_device
 from fxsplit.compressors.cuda_selection import order_statistics as order_statistics
-from fxsplit.compressors.floating import wide_dtype
+from fxsplit.compressors.cuda_selection import ranges as ranges
 from fxsplit.compressors.grouping import Layout
 from fxsplit.compressors.packing import packed_bytes
 from fxsplit.compressors.scheme import Scheme
@@ -41,30 +41,6 @@ def available(device: torch.device) -> bool:
     except Exception as error:  # whatever a broken installation raises
         warnings.warn(f"Triton does not work on {device}, so that compressors are slow: {error}", stacklevel=2)
         return False
-
-
-def make_table(minima: Tensor, maxima: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """As `scheme.make_table`."""
-    groups, buckets = minima.shape
-    table = minima.new_empty(2, groups, buckets, dtype=dtype)
-    low, inverse = minima.new_empty(2, groups, buckets)
-    with on_device(minima.device):
-        triton_kernels.table_kernel[(triton.cdiv(groups * buckets, 256),)](
-            minima,
-            maxima,
-            table,
-            low,
-            inverse,
-            groups * buckets,
-            buckets,
-            *minima.stride(),
-            *maxima.stride(),
-            LEVELS=levels,
-            LIMIT=torch.finfo(torch.float64).max,
-            BLOCK=256,
-            enable_fp_fusion=False,
-        )
-    return table, low, inverse
 
 
 def seeds(table: Tensor) -> Tensor:
@@ -99,7 +75,7 @@ def encode(values: Tensor, minima: Tensor, inverse: Tensor, seeds: Tensor | None
             scheme.layout.groups,
             scheme.layout.inner,
             STOCHASTIC=seeds is not None,
-            WIDE=FLOATS[wide_dtype(values.dtype)],
+            WIDE=tl.float64 if values.dtype == torch.float64 else tl.float32,
             **_coding(scheme, count),
         )
     return packed[: packed_bytes(count, bits)]

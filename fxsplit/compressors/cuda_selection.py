@@ -1,4 +1,4 @@
-"""Order statistics and extremes of the groups of a tensor on a GPU, by Triton; nothing waits for the device."""
+"""Extremes, order statistics and ranges of the groups of a tensor on a GPU, by Triton; see `triton_selection`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxsplit.compressors import torch_kernels, triton_kernels, triton_selection
+from fxsplit.compressors import torch_kernels, triton_ranges, triton_selection
 from fxsplit.compressors.grouping import Layout
+from fxsplit.compressors.ranges import RangeRule, Ranges, found_ranges
 
 BLOCK = 4096
 """Elements that a program looks at together when it goes over all of them."""
 
 PROGRAMS = 1024
-"""At most so many programs go over one group; a power of two."""
-
-ROWS, COLUMNS = 16, 256
-"""Elements that a program divides together: so many for each of so many threads."""
+"""At most so many programs go over one group, unless it is huge; a power of two."""
 
 SAMPLE = 1 << 14
 """Elements of a sample of a group from `LARGE` elements on; of smaller ones, half as many."""
@@ -33,6 +31,12 @@ LARGE = 1 << 21
 
 LAST = 1 << 15
 """Up to so many elements are searched by one program; a power of two."""
+
+ROOM = 4096
+"""Keys for which there is room behind each boundary."""
+
+BIN = 512
+"""About how many elements there are to be in a bin."""
 
 MAX_ROUNDS = 5
 """So many times three boundaries are found; for more, sorting is faster."""
@@ -43,51 +47,16 @@ MIN_GROUP = 1024
 MIN_RUN = 32
 """Shorter runs are scattered: reading them one by one wastes most of what is read."""
 
-BITS: dict[int, tuple[torch.dtype, Any, int]] = {
-    2: (torch.int16, tl.int16, 0x7FFF),
-    4: (torch.int32, tl.int32, 0x7FFFFFFF),
-    8: (torch.int64, tl.int64, 0x7FFFFFFFFFFFFFFF),
-}
-"""By the bytes of a float: the integers of that size, and all of their bits but the sign."""
-
-FLOATS = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-
 
 def extremes(values: Tensor, layout: Layout) -> Tensor:
     """As `torch_kernels.extremes`."""
-    if layout.group_size <= MIN_GROUP or _scattered(layout):
+    if not _is_taken(values, layout) or _is_scattered(layout):
         return torch_kernels.extremes(values, layout)
-    wide = values.element_size() == 8
-    programs = _programs(layout)
-    signed, bits, flip = BITS[values.element_size()]
-    parts = values.new_empty(layout.groups, 2, programs, dtype=torch.int64 if wide else torch.int32)
+    parts, programs = _extreme_parts(values, layout)
     found = values.new_empty(2, layout.groups, dtype=torch.float64)
-    key = tl.int64 if wide else tl.int32
     with on_device(values.device):
-        triton_kernels.extremes_kernel[(layout.groups, programs)](
-            values.view(signed),
-            parts,
-            *_sizes(layout),
-            KEY=key,
-            FLIP=flip,
-            **_indexing(layout),
-            BLOCK=BLOCK,
-            num_warps=8,
-        )
-        triton_kernels.join_extremes_kernel[(layout.groups,)](
-            parts,
-            found,
-            programs,
-            KEY=key,
-            FLIP=flip,
-            BITS=bits,
-            FLOAT=FLOATS[values.dtype],
-            BLOCK=triton.next_power_of_2(programs),
+        triton_ranges.extreme_values_kernel[(layout.groups, 2)](
+            parts, found, programs, PARTS=triton.next_power_of_2(programs)
         )
     return found
 
@@ -95,14 +64,86 @@ def extremes(values: Tensor, layout: Layout) -> Tensor:
 def order_statistics(values: Tensor, layout: Layout, ranks: Sequence[int]) -> Tensor:
     """As `torch_kernels.order_statistics`; NaN, rarely, where the values would have to be sorted."""
     size = layout.group_size
-    if values.dtype == torch.float64 or size >= 1 << 31 or (size <= MIN_GROUP and layout.groups > 1):
-        return torch_kernels.order_statistics(values, layout, ranks)
-    if _scattered(layout):
-        values, layout = layout.rows(values).reshape(-1), Layout(1, layout.groups, size)
-    if len(ranks) > 6 * MAX_ROUNDS + 2:
-        return torch_kernels.order_statistics(values, layout, ranks)
     plan = _Plan.of(tuple(ranks), size, values.device)
-    return _sorted(values, layout, plan) if size <= LAST or not plan.rounds else _select(values, layout, plan)
+    rounds = 0 if size <= LAST else len(plan.rounds) or MAX_ROUNDS + 1
+    if not _is_taken(values, layout) or rounds > MAX_ROUNDS:
+        return torch_kernels.order_statistics(values, layout, ranks)
+    if _is_scattered(layout):
+        values, layout = layout.rows(values).reshape(-1), Layout(1, layout.groups, size)
+    found = values.new_empty(layout.groups, len(ranks), dtype=torch.float64)
+    with on_device(values.device):
+        if size <= LAST:
+            block = triton.next_power_of_2(size)
+            triton_ranges.sorted_kernel[(layout.groups, len(ranks))](
+                values,
+                plan.ranks,
+                found,
+                *_sizes(layout),
+                **_indexing(layout),
+                BLOCK=block,
+                num_warps=_warps(block),
+            )
+        for boundaries, wanted in plan.rounds[:rounds]:
+            selection = _Selection.of(values, layout, boundaries)
+            triton_selection.find_kernel[(layout.groups, len(wanted))](
+                wanted, *selection.tensors, found, selection.programs, len(ranks), **selection.sizes, num_warps=4
+            )
+    return found
+
+
+def ranges(values: Tensor, layout: Layout, rule: RangeRule, levels: int, dtype: torch.dtype) -> Ranges:
+    """As `torch_kernels.ranges`, in fewer launches than by the functions above, which cost more than the work.
+
+    The table is not finite where the values would have to be sorted.
+    """
+    samples = -(-layout.group_size // rule.stride)
+    is_sampled = samples <= LAST or rule.buckets == 1
+    is_selected = not rule.touching and rule.buckets <= 4 and samples > LAST
+    if not _is_taken(values, layout) or _is_scattered(layout) or not (is_sampled or is_selected):
+        return found_ranges(values, layout, rule, levels, dtype, extremes, order_statistics)
+    shape = (layout.groups, rule.buckets)
+    table = values.new_empty(2, *shape, dtype=torch.float32)
+    minima, inverse = values.new_empty(2, *shape, dtype=torch.float64)
+    finite = torch.ones(1, dtype=torch.int32, pin_memory=values.is_cuda)  # the device writes it
+    with on_device(values.device):
+        if is_selected:
+            selection = _Selection.of(values, layout, _Plan.between(rule, layout.group_size, values.device))
+            triton_selection.selected_ranges_kernel[shape](
+                *selection.tensors,
+                *(table, minima, inverse, finite),
+                selection.programs,
+                **selection.sizes,
+                LEVELS=levels,
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
+        else:
+            parts, programs = _extreme_parts(values, layout) if rule.touching else (table, 1)
+            block = triton.next_power_of_2(samples) if rule.buckets > 1 else 1
+            triton_ranges.sampled_ranges_kernel[shape](
+                *(values, parts, table, minima, inverse, finite),
+                *_sizes(layout),
+                rule.stride,
+                programs,
+                TOUCHING=rule.touching,
+                BUCKETS=rule.buckets,
+                PARTS=triton.next_power_of_2(programs),
+                LEVELS=levels,
+                **_indexing(layout),
+                BLOCK=block,
+                num_warps=max(4, _warps(block)),
+                enable_fp_fusion=False,
+            )
+        done = torch.cuda.Event() if values.is_cuda else None
+        if done is not None:
+            done.record()
+
+    def are_finite() -> bool:
+        if done is not None:
+            done.synchronize()
+        return bool(finite.item())
+
+    return Ranges(table, minima, inverse, are_finite)
 
 
 @dataclass(frozen=True)
@@ -110,10 +151,11 @@ class _Plan:
     """The wanted ranks of every group; made once for a size, as it goes to the device."""
 
     ranks: Tensor
-    """int32 [ranks, 2]: their places, and themselves."""
+    """int32 [ranks]."""
     rounds: tuple[tuple[Tensor, Tensor], ...]
-    """What is found at once: boundaries int32 [up to 3, 2], the lower and the upper rank of each; and the ranks
-    among them, as above, but -1 for the least element and -2 for the greatest, which the first round finds."""
+    """What is found at once: boundaries int32 [up to 3, 2], the lower and the upper rank of each; and what goes
+    where, int32 [wanted, 2]: the place among the ranks; twice the boundary and its side, or -1 for the least
+    element and -2 for the greatest."""
 
     @classmethod
     @functools.lru_cache(maxsize=256)
@@ -129,142 +171,90 @@ class _Plan:
         rounds = []
         for first in range(0, len(boundaries), 3):
             some = boundaries[first : first + 3]
-            members = {rank: rank for pair in some for rank in pair} | ({} if first else ends)
-            wanted = [[place, members[rank]] for place, rank in enumerate(ranks) if rank in members]
+            numbers = {rank: 2 * i + side for i, pair in enumerate(some) for side, rank in enumerate(pair)}
+            numbers |= {} if first else ends
+            wanted = [[place, numbers[rank]] for place, rank in enumerate(ranks) if rank in numbers]
             rounds.append((_integers(some, device), _integers(wanted, device)))
-        return cls(_integers([[place, rank] for place, rank in enumerate(ranks)], device), tuple(rounds))
+        return cls(_integers(list(ranks), device), tuple(rounds))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def between(rule: RangeRule, size: int, device: torch.device) -> Tensor:
+        """The boundaries between the chunks of a rule, int32 [buckets - 1, 2]."""
+        return _integers([list(pair) for pair in zip(*[iter(rule.ranks(size)[1:-1])] * 2, strict=True)], device)
 
 
-def _integers(rows: list[list[int]], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int32).to(device)
+def _integers(numbers: list[Any], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32).to(device)
 
 
-def _sorted(values: Tensor, layout: Layout, plan: _Plan) -> Tensor:
-    """Every rank by a program that holds the whole group."""
-    signed, bits, flip = BITS[values.element_size()]
-    found = values.new_empty(layout.groups, len(plan.ranks), dtype=torch.float64)
-    block = triton.next_power_of_2(layout.group_size)
-    with on_device(values.device):
-        triton_selection.sorted_kernel[(layout.groups, len(plan.ranks))](
-            values.view(signed),
-            plan.ranks,
-            found,
-            *_sizes(layout),
-            FLIP=flip,
-            BITS=bits,
-            FLOAT=FLOATS[values.dtype],
-            **_indexing(layout),
-            BLOCK=block,
-            num_warps=_warps(block),
-        )
-    return found
+@dataclass(frozen=True)
+class _Selection:
+    """What was counted and copied; see `triton_selection`.
 
+    Attributes:
+        tensors: boundaries, ends, counts, bins, kept keys, and parts of the extremes.
+        programs: parts of each group.
+        sizes: of bins and room, as kernels want them.
+    """
 
-def _select(values: Tensor, layout: Layout, plan: _Plan) -> Tensor:
-    """By samples; see `triton_selection`."""
-    size = layout.group_size
-    sample = SAMPLE if size >= LARGE else SAMPLE // 2
-    stride = -(-size // sample)
-    while math.gcd(stride, size) != 1:  # or the sample would see a few columns only
-        stride += 1
-    found = values.new_empty(layout.groups, len(plan.ranks), dtype=torch.float64)
-    for boundaries, wanted in plan.rounds:
-        rooms = _rooms(size, sample, len(boundaries), values.device)
-        _select_round(values, layout, boundaries, wanted, sample, stride, rooms, found)
-    return found
+    tensors: tuple[Tensor, ...]
+    programs: int
+    sizes: dict[str, int]
 
-
-@functools.lru_cache(maxsize=256)
-def _rooms(size: int, sample: int, boundaries: int, device: torch.device) -> tuple[list[int], Tensor]:
-    """For how many keys there is room at each level, here and on the device: 1.5 times what is expected."""
-    rooms: list[int] = []
-    expected = size
-    while not rooms or rooms[-1] > LAST:
+    @classmethod
+    def of(cls, values: Tensor, layout: Layout, boundaries: Tensor) -> _Selection:
+        """Counts and copies around up to three boundaries, int32 [boundaries, 2]; on the current device."""
+        groups, size, device = layout.groups, layout.group_size, values.device
+        sample = SAMPLE if size >= LARGE else SAMPLE // 2
+        stride = -(-size // sample)
+        while math.gcd(stride, size) != 1:  # or the sample would see a few columns only
+            stride += 1
         # A bracket is 4 standard deviations wide to both sides, at most 2 * sqrt(sample) elements of the sample.
-        expected = expected * boundaries * (4 * math.isqrt(sample) + 8) // sample
-        rooms.append(LAST if 1.3 * expected <= LAST else (expected * 3 // 2 + 4096) // 128 * 128)
-    return rooms, torch.tensor(rooms, dtype=torch.int32).to(device)
-
-
-def _select_round(
-    values: Tensor,
-    layout: Layout,
-    boundaries: Tensor,
-    wanted: Tensor,
-    sample: int,
-    stride: int,
-    rooms: tuple[list[int], Tensor],
-    found: Tensor,
-) -> None:
-    """Fills the columns of `found` that belong to up to three boundaries."""
-    signed, bits, flip = BITS[values.element_size()]
-    groups, (room_list, room_tensor) = layout.groups, rooms
-    levels, device = len(room_list), values.device
-    counts = torch.zeros(levels, groups, 16, dtype=torch.int32, device=device)
-    ends = torch.empty(levels, groups, 12, dtype=torch.int32, device=device)
-    shared: dict[str, Any] = {"FLIP": flip, **_indexing(layout)}
-    source, source_room, tile = values.view(signed), 0, ROWS * COLUMNS
-    most = -(-layout.group_size // tile)
-    programs = max(min(most, max(1, PROGRAMS // groups)), -(-most // (1023 // ROWS)))
-    parts = torch.empty(groups, 2, programs, dtype=torch.int32, device=device)
-    with on_device(device):
-        for level, room in enumerate(room_list):
-            kept = torch.empty(groups, room, dtype=torch.int32, device=device)
-            triton_selection.bracket_kernel[(groups, 6)](
-                source,
-                boundaries,
-                counts,
-                ends,
-                room_tensor,
-                *_sizes(layout),
-                stride,
-                source_room,
-                LEVEL=level,
-                BOUNDARIES=len(boundaries),
-                **shared,
-                BLOCK=sample,
-                num_warps=_warps(sample),
-            )
-            triton_selection.divide_kernel[
-                (groups, min(programs, -(-source_room // tile)) if level else programs)
-            ](
-                source,
-                counts,
-                ends,
-                kept,
-                parts,
-                *_sizes(layout),
-                source_room,
-                room,
-                LEVEL=level,
-                **shared,
-                ROWS=ROWS,
-                COLUMNS=COLUMNS,
-                num_warps=max(1, COLUMNS // 32),
-            )
-            source, source_room = kept, room
-        triton_selection.find_kernel[(groups, len(wanted))](
-            wanted,
-            counts,
-            ends,
-            room_tensor,
-            source,
-            parts,
-            found,
-            layout.group_size,
-            groups,
-            source_room,
-            programs,
-            found.shape[1],
-            LEVELS=levels,
-            FLIP=flip,
-            BITS=bits,
-            FLOAT=FLOATS[values.dtype],
-            INDEX=shared["INDEX"],
-            PARTS_BLOCK=triton.next_power_of_2(programs),
-            BLOCK=LAST,
-            num_warps=_warps(LAST),
+        expected = size * (4 * math.isqrt(sample) + 8) // sample
+        bins = min(2048, max(64, triton.next_power_of_2(expected // BIN)))
+        programs = _programs(layout, limit=1023)
+        counts, ends, kept, bin_counts, parts = torch.empty(
+            groups * (16 + 12 + 3 * ROOM + 3 * bins + 2 * programs), dtype=torch.int32, device=device
+        ).split([groups * n for n in (16, 12, 3 * ROOM, 3 * bins, 2 * programs)])
+        shared: dict[str, Any] = {"BINS": bins, **_indexing(layout)}
+        sizes, count = _sizes(layout), len(boundaries)
+        ends = ends.view(torch.float32)
+        triton_selection.bracket_kernel[(groups, 6)](
+            *(values, boundaries, ends, counts, bin_counts, kept),
+            *sizes,
+            stride,
+            BOUNDARIES=count,
+            ROOM=ROOM,
+            BLOCK=sample,
+            num_warps=_warps(sample),
+            **shared,
         )
+        triton_selection.count_kernel[(groups, programs)](
+            *(values, ends, counts, bin_counts, parts), *sizes, BLOCK=BLOCK, num_warps=8, **shared
+        )
+        triton_selection.collect_kernel[(groups, programs)](
+            *(values, boundaries, ends, counts, bin_counts, kept),
+            *sizes,
+            BOUNDARIES=count,
+            ROOM=ROOM,
+            BLOCK=BLOCK,
+            num_warps=8,
+            **shared,
+        )
+        constants = {"BINS": bins, "ROOM": ROOM, "PARTS": triton.next_power_of_2(programs)}
+        return cls((boundaries, ends, counts, bin_counts, kept, parts), programs, constants)
+
+
+def _extreme_parts(values: Tensor, layout: Layout) -> tuple[Tensor, int]:
+    """Extremes of parts of each group, int32 [groups, 2, programs], and how many parts; on the current device."""
+    programs = _programs(layout)
+    parts = values.new_empty(layout.groups, 2, programs, dtype=torch.int32)
+    with on_device(values.device):
+        triton_ranges.extremes_kernel[(layout.groups, programs)](
+            values, parts, *_sizes(layout), **_indexing(layout), BLOCK=BLOCK, num_warps=8
+        )
+    return parts, programs
 
 
 def _warps(block: int) -> int:
@@ -277,14 +267,22 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _scattered(layout: Layout) -> bool:
+def _is_taken(values: Tensor, layout: Layout) -> bool:
+    """Whether there are kernels for it: not for float64, many small groups, and more than ranks can count."""
+    many = layout.group_size <= MIN_GROUP and layout.groups > 1
+    return values.element_size() <= 4 and not many and layout.group_size < 1 << 31
+
+
+def _is_scattered(layout: Layout) -> bool:
     """Whether the elements of a group are too far apart to be read one after the other."""
     return layout.outer > 1 and layout.inner < MIN_RUN
 
 
-def _programs(layout: Layout) -> int:
-    """Into how many programs a group is divided."""
-    return min(-(-layout.group_size // BLOCK), max(1, PROGRAMS // layout.groups))
+def _programs(layout: Layout, limit: int | None = None) -> int:
+    """Into how many programs a group is divided; `limit` is how many blocks one may do."""
+    blocks = -(-layout.group_size // BLOCK)
+    programs = min(blocks, max(1, PROGRAMS // layout.groups))
+    return programs if limit is None else max(programs, -(-blocks // limit))
 
 
 def _sizes(layout: Layout) -> tuple[int, int, int]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from fxsplit.compressors.bucket_quantization import BucketQuantization, chunk_ranges
+from fxsplit.compressors.bucket_quantization import BucketQuantization
 from fxsplit.compressors.grouping import Layout, sample_stride
-from fxsplit.compressors.kernels import Kernels
+from fxsplit.compressors.ranges import RangeRule
 
 
 @dataclass(frozen=True)
@@ -50,14 +47,6 @@ class FastQuantization(BucketQuantization):
         super().__post_init__()
         self.check_integer("sample", 0)
 
-    def ranges(self, values: Tensor, layout: Layout, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    def rule(self, layout: Layout) -> RangeRule:
         """From each bound to the next; the first is the exact minimum and the last the exact maximum."""
-        low, high = kernels.extremes(values, layout)[..., None]
-        sample, sample_layout = values, layout
-        if (stride := sample_stride(layout.group_size, self.sample)) > 1:
-            sample = layout.sample(values, stride)
-            sample_layout = Layout(1, *sample.shape)
-            sample = sample.reshape(-1)
-        bounds, _ = chunk_ranges(sample, sample_layout, kernels, 1 << self.split_bits)
-        minima = torch.cat((low, bounds[:, 1:]), dim=1)
-        return minima, torch.cat((minima[:, 1:], high), dim=1)
+        return RangeRule(1 << self.split_bits, sample_stride(layout.group_size, self.sample))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxsplit.compressors import cpu_kernels, torch_kernels
 from fxsplit.compressors.grouping import Layout
+from fxsplit.compressors.ranges import RangeRule, Ranges
 from fxsplit.compressors.scheme import Scheme
 from fxsplit.spec import TensorSpec
 
@@ -29,10 +30,8 @@ class Kernels(Protocol):
         """The values of the given ranks, ascending, in each group: float64 `[groups, ranks]`."""
         ...
 
-    def make_table(
-        self, minima: Tensor, maxima: Tensor, levels: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the receiver and the sender use of the ranges: table, minima, inverse."""
+    def ranges(self, values: Tensor, layout: Layout, rule: RangeRule, levels: int, dtype: torch.dtype) -> Ranges:
+        """The ranges that a rule asks for, and the table of `dtype` that is sent; NaN where this gives up."""
         ...
 
     def seeds(self, table: Tensor) -> Tensor:

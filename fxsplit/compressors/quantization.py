@@ -27,6 +27,7 @@ from fxsplit.compressors.floating import check_floating, not_finite, plain, wide
 from fxsplit.compressors.grouping import Layout, check_group, check_rounding
 from fxsplit.compressors.kernels import Kernels, kernels_for
 from fxsplit.compressors.packing import packed_bytes
+from fxsplit.compressors.ranges import RangeRule
 from fxsplit.compressors.scheme import Scheme
 from fxsplit.errors import CompressorError
 from fxsplit.spec import TensorSpec
@@ -75,17 +76,8 @@ class Quantization(Compressor):
         """S: how many of the bits choose the bucket."""
 
     @abstractmethod
-    def ranges(self, values: Tensor, layout: Layout, kernels: Kernels) -> tuple[Tensor, Tensor]:
-        """Minima and maxima of the buckets of each group: float64 `[groups, 2**S]` each, ascending in a group.
-
-        The first minimum is the group's least value and its greatest lies in the last range, NaN and infinity
-        included: `encode` recognises them by these.
-
-        Args:
-            values: flat, not empty.
-            layout: their groups.
-            kernels: what does the work on their device.
-        """
+    def rule(self, layout: Layout) -> RangeRule:
+        """Which ranges the 2**S buckets of each group have."""
 
     def wire(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
         """The specs of codes and table.
@@ -115,26 +107,36 @@ class Quantization(Compressor):
             codes = values.new_empty(codes_spec.shape, dtype=torch.uint8)
             return codes, values.new_zeros(table_spec.shape, dtype=table_spec.dtype)
         kernels = kernels_for(values.device, values.numel())
-        table, codes = self._encode(values, scheme, kernels)
-        if not bool(table.isfinite().all()):
+        coded = self._coded(values, scheme, kernels)
+        if coded is None:
             if not bool(values.isfinite().all()):
                 raise not_finite(self, values)
             # Or these kernels gave up, which they say by NaN.
-            table, codes = self._encode(values, scheme, torch_kernels)
-            self._check_span(table, values)
+            coded = self._coded(values, scheme, torch_kernels)
+        if coded is None:
+            raise CompressorError(
+                f"the values span more than a step of {self} can hold",
+                found=f"{values.min().item():g} to {values.max().item():g}",
+                allowed=f"a step below {torch.finfo(table_spec.dtype).max:g}",
+                hint="use more bits, or send this edge with the compressor 'none'",
+            )
+        codes, table = coded
         return codes, table.view(table_spec.shape)
 
-    def _encode(self, values: Tensor, scheme: Scheme, kernels: Kernels) -> tuple[Tensor, Tensor]:
-        """Table and codes; if the table is not finite, no codes on a CPU, and elsewhere codes without meaning.
+    def _coded(self, values: Tensor, scheme: Scheme, kernels: Kernels) -> tuple[Tensor, Tensor] | None:
+        """Codes and table; None if the table is not finite.
 
-        An accelerator is under way with the codes while the host waits to hear whether the table is finite.
+        An accelerator is under way with the codes while the host waits to hear whether it is.
         """
-        minima, maxima = self.ranges(values, scheme.layout, kernels)
-        table, minima, inverse = kernels.make_table(minima, maxima, scheme.levels, wide_dtype(values.dtype))
-        if values.device.type == "cpu" and not bool(table.isfinite().all()):
-            return table, table
-        seeds = kernels.seeds(table) if scheme.stochastic else None
-        return table, kernels.encode(values, minima, inverse, seeds, scheme)
+        rule, wide = self.rule(scheme.layout), wide_dtype(values.dtype)
+        ranges = kernels.ranges(values, scheme.layout, rule, scheme.levels, wide)
+        if values.device.type == "cpu" and not ranges.are_finite():
+            return None
+        seeds = kernels.seeds(ranges.table) if scheme.stochastic else None
+        codes = kernels.encode(values, ranges.minima, ranges.inverse, seeds, scheme)
+        if values.device.type != "cpu" and not ranges.are_finite():
+            return None
+        return codes, ranges.table
 
     def decode(self, payload: Sequence[Tensor], spec: TensorSpec) -> Tensor:
         """The values that the codes stand for, a new contiguous tensor of `spec`.
@@ -152,13 +154,3 @@ class Quantization(Compressor):
         return Scheme(
             Layout.of(spec, self.group), self.bits, self.split_bits, stochastic=self.rounding == "stochastic"
         )
-
-    def _check_span(self, table: Tensor, values: Tensor) -> None:
-        """Refuses finite values whose table is not finite."""
-        if not bool(table.isfinite().all()):
-            raise CompressorError(
-                f"the values span more than a step of {self} can hold",
-                found=f"{values.min().item():g} to {values.max().item():g}",
-                allowed=f"a step below {torch.finfo(table.dtype).max:g}",
-                hint="use more bits, or send this edge with the compressor 'none'",
-            )

@@ -11,8 +11,8 @@ from torch import Tensor
 from fxsplit.compressors.floating import wide_dtype
 from fxsplit.compressors.grouping import Layout
 from fxsplit.compressors.packing import pack, packed_bytes, unpack
+from fxsplit.compressors.ranges import RangeRule, Ranges, found_ranges
 from fxsplit.compressors.scheme import Scheme, dither
-from fxsplit.compressors.scheme import make_table as make_table
 from fxsplit.compressors.scheme import seeds as seeds
 from fxsplit.spec import TensorSpec
 
@@ -46,6 +46,11 @@ def order_statistics(values: Tensor, layout: Layout, ranks: Sequence[int]) -> Te
         some = rows[first : first + at_once]
         found[first : first + at_once] = sorted_rows(some.reshape(some.shape[0], -1))[:, chosen]
     return found
+
+
+def ranges(values: Tensor, layout: Layout, rule: RangeRule, levels: int, dtype: torch.dtype) -> Ranges:
+    """The ranges that a rule asks for; see `found_ranges`."""
+    return found_ranges(values, layout, rule, levels, dtype, extremes, order_statistics)
 
 
 def encode(values: Tensor, minima: Tensor, inverse: Tensor, seeds: Tensor | None, scheme: Scheme) -> Tensor:

@@ -20,120 +20,6 @@ MAX_COMPARED = tl.constexpr(8)
 
 
 @triton.jit
-def float_key(bits: tl.tensor, FLIP: tl.constexpr) -> tl.tensor:
-    """What orders floats as signed integers: their bits; where negative, all but the sign inverted by FLIP."""
-    return bits ^ ((bits >> (bits.dtype.primitive_bitwidth - 1)) & FLIP)
-
-
-@triton.jit
-def key_value(key: tl.tensor, FLIP: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr) -> tl.tensor:
-    """The float64 of a key; BITS and FLOAT are the integer and the float type of the tensor."""
-    return float_key(key, FLIP).to(BITS).to(FLOAT, bitcast=True).to(tl.float64)
-
-
-@triton.jit
-def place(
-    j: tl.tensor, group: tl.tensor, size: tl.tensor, groups: tl.tensor, inner: tl.tensor, ONE_RUN: tl.constexpr
-) -> tl.tensor:
-    """Where the j-th element of a group is in the tensor, if a group has `size` elements in runs of `inner`."""
-    if ONE_RUN:
-        return group * size + j
-    else:
-        return (j // inner * groups + group) * inner + j % inner
-
-
-@triton.jit
-def extremes_kernel(
-    bits_at: tl.tensor,
-    parts_at: tl.tensor,
-    size: tl.tensor,
-    groups: tl.tensor,
-    inner: tl.tensor,
-    KEY: tl.constexpr,
-    FLIP: tl.constexpr,
-    INDEX: tl.constexpr,
-    ONE_RUN: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Parts [groups, 2, programs]: the greatest inverted and the greatest plain key; grid (groups, programs)."""
-    group = tl.program_id(0).to(INDEX)
-    lanes = tl.arange(0, BLOCK).to(INDEX)
-    first = tl.load(bits_at + place(group * 0, group, size, groups, inner, ONE_RUN)).to(KEY)
-    high = tl.zeros((BLOCK,), KEY) + float_key(first, FLIP)
-    low = ~high
-    for tile in range(tl.program_id(1), tl.cdiv(size, BLOCK), tl.num_programs(1)):
-        j = tl.cast(tile, INDEX) * BLOCK + lanes
-        bits = tl.load(bits_at + place(j, group, size, groups, inner, ONE_RUN), mask=j < size, other=0).to(KEY)
-        key = float_key(tl.where(j < size, bits, first), FLIP)
-        high = tl.maximum(high, key)
-        low = tl.maximum(low, ~key)
-    part = parts_at + tl.program_id(0) * 2 * tl.num_programs(1) + tl.program_id(1)
-    tl.store(part, tl.max(low, 0))
-    tl.store(part + tl.num_programs(1), tl.max(high, 0))
-
-
-@triton.jit
-def greatest_part(parts_at: tl.tensor, parts: tl.tensor, KEY: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
-    """The greatest of so many keys."""
-    lanes = tl.arange(0, BLOCK)
-    first = tl.load(parts_at).to(KEY)
-    return tl.max(tl.where(lanes < parts, tl.load(parts_at + lanes, mask=lanes < parts, other=0), first), 0)
-
-
-@triton.jit
-def join_extremes_kernel(
-    parts_at: tl.tensor,
-    found_at: tl.tensor,
-    parts: tl.tensor,
-    KEY: tl.constexpr,
-    FLIP: tl.constexpr,
-    BITS: tl.constexpr,
-    FLOAT: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """From parts [groups, 2, parts] to float64 [2, groups]; grid (groups,)."""
-    group = tl.program_id(0)
-    low = ~greatest_part(parts_at + group * 2 * parts, parts, KEY, BLOCK)
-    high = greatest_part(parts_at + (group * 2 + 1) * parts, parts, KEY, BLOCK)
-    tl.store(found_at + group, key_value(low, FLIP, BITS, FLOAT))
-    tl.store(found_at + tl.num_programs(0) + group, key_value(high, FLIP, BITS, FLOAT))
-
-
-@triton.jit
-def table_kernel(
-    minima_at: tl.tensor,
-    maxima_at: tl.tensor,
-    table_at: tl.tensor,
-    low_at: tl.tensor,
-    inverse_at: tl.tensor,
-    count: tl.tensor,
-    buckets: tl.tensor,
-    minima_row: tl.tensor,
-    minima_step: tl.tensor,
-    maxima_row: tl.tensor,
-    maxima_step: tl.tensor,
-    LEVELS: tl.constexpr,
-    LIMIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """`scheme.make_table`, and the minima; ranges have any strides, results are [groups, buckets]."""
-    lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = lanes < count
-    group, bucket = lanes // buckets, lanes % buckets
-    low = tl.load(minima_at + group * minima_row + bucket * minima_step, mask=inside, other=0.0)
-    high = tl.load(maxima_at + group * maxima_row + bucket * maxima_step, mask=inside, other=0.0)
-    low = tl.where(low == 0.0, 0.0, low)
-    span = tl.where(high == 0.0, 0.0, high) - low
-    levels = tl.full((BLOCK,), LEVELS, tl.float64)
-    inverse = levels / tl.where(span > 0.0, span, 1.0)
-    inverse = tl.where(span > 0.0, tl.where(inverse < LIMIT, inverse, LIMIT), 0.0)
-    tl.store(table_at + lanes, low.to(table_at.dtype.element_ty), mask=inside)
-    tl.store(table_at + count + lanes, (span / levels).to(table_at.dtype.element_ty), mask=inside)
-    tl.store(low_at + lanes, low, mask=inside)
-    tl.store(inverse_at + lanes, inverse, mask=inside)
-
-
-@triton.jit
 def mix(number: tl.tensor) -> tl.tensor:
     """`scheme.mix`, of uint32."""
     number ^= number >> 16
@@ -210,11 +96,11 @@ def encode_kernel(
     first = group_row(index, row, groups, inner, ONE_GROUP, ALIGNED) * BUCKETS
     bucket = tl.zeros((ROWS, 8), tl.int32)
     if BUCKETS <= MAX_COMPARED:
-        minimum = tl.broadcast_to(tl.load(minima_at + first), (ROWS, 8))
+        minimum = tl.broadcast_to(tl.load(minima_at + first).to(WIDE), (ROWS, 8))
         inverse = tl.broadcast_to(tl.load(inverse_at + first), (ROWS, 8))
         for j in tl.static_range(1, BUCKETS):
-            bound = tl.load(minima_at + first + j)
-            above = x >= bound.to(WIDE)
+            bound = tl.load(minima_at + first + j).to(WIDE)  # exact, and half the work
+            above = x >= bound
             minimum = tl.where(above, bound, minimum)
             inverse = tl.where(above, tl.load(inverse_at + first + j), inverse)
             bucket += above.to(tl.int32)
@@ -224,7 +110,7 @@ def encode_kernel(
             bucket = tl.where(x >= tl.load(minima_at + first + probe).to(WIDE), probe, bucket)
         minimum = tl.load(minima_at + first + bucket)
         inverse = tl.load(inverse_at + first + bucket)
-    scaled = (x.to(tl.float64) - minimum) * inverse
+    scaled = (x.to(tl.float64) - minimum.to(tl.float64)) * inverse
     if STOCHASTIC:
         seed = tl.load(seeds_at + first // BUCKETS)
         u = (mix(index.to(tl.uint32) + seed).to(tl.float64) + 0.5) * 2.3283064365386963e-10

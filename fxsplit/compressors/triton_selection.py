@@ -1,15 +1,17 @@
-"""Order statistics of the groups of a tensor, for Triton: the wanted values are bracketed by those of a sample.
+"""Order statistics of the groups of a tensor, for Triton: counted between values of a sample.
 
 Up to three boundaries are found at once; a boundary is one wanted rank, or two neighbouring ones. A kernel
-takes a sample of every group and finds the two keys between which a boundary's ranks surely lie, its bracket;
-another goes over all elements, counts those above the low end of each bracket, and copies out the few in a
-bracket; the same two again narrow down what was copied, and so on, until a last one finds the wanted values
-among the rest. What equals an end of a bracket is not copied; where the sample shows that there are several
-of them, they are counted, so that many equal values do no harm. Where a rank lies outside its bracket after
-all, or more is copied than there is room for, the answer is NaN, and who asked has to sort.
+takes a sample of every group and finds the two values between which a boundary's ranks surely lie, its
+bracket. Another goes over all elements, counts those up to the low end of each bracket, and counts those
+inside it by bins of equal width. That tells the bin of each rank: a third goes over all elements again and
+copies what is in these few bins, from which the last takes the wanted values. What equals an end of a bracket
+is in no bin; where the sample shows that there are several of them, they are counted, so that many equal
+values do no harm. Where a rank lies outside its bracket after all, or a bin holds more than there is room for
+and these are not all equal, the answer is NaN, and who asked has to sort.
 
-Keys are what orders floats as integers, see `triton_kernels.float_key`; here they are of 32 bits. Brackets
-ascend. An element belongs to the last bracket whose low end it is above, or to none.
+All is computed in float32, which holds values of 16 bits exactly. Brackets ascend; an element belongs to the
+last bracket whose low end it is above, or to none. Its bin is a monotone function of its value, rounding
+included, and bins of all brackets together are numbered in ascending order.
 
 For `cuda_selection` only: this module needs Triton.
 """
@@ -19,326 +21,401 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxsplit.compressors.triton_kernels import float_key, greatest_part, key_value, place
-
-GREATEST = tl.constexpr(2**31 - 1)
-
-ABOVE, INSIDE, BELOW, UP_TO, COPIED = (
-    tl.constexpr(0),
-    tl.constexpr(3),
-    tl.constexpr(6),
-    tl.constexpr(9),
-    tl.constexpr(12),
+from fxsplit.compressors.triton_ranges import (
+    GREATEST,
+    INFINITY,
+    extreme_of,
+    float_key,
+    kth_key,
+    place,
+    sampled_keys,
+    store_range,
+    value_of,
 )
-"""Places in 16 counts: for each bracket, elements above its low end, inside it, below its low end, and up to its
-high end (the last two where ends repeat); then the elements copied."""
+
+UP_TO_LOW, BELOW_LOW, UP_TO_HIGH, COPIED = (tl.constexpr(0), tl.constexpr(3), tl.constexpr(6), tl.constexpr(9))
+"""Places in 16 counts: for each bracket, elements up to its low end, below its low end, and up to its high end
+(the last two where ends repeat); then, for each boundary, the elements copied."""
 
 ENDS = tl.constexpr(12)
-"""Numbers of a level's brackets: low and high end of each, and for each end whether it repeats in the sample."""
-
-
-@triton.jit
-def kth_key(keys: tl.tensor, k: tl.tensor) -> tl.tensor:
-    """The key of rank k, from 0: the least number that more than k are up to; GREATEST stands for no key."""
-    low = tl.min(keys, 0).to(tl.int64)
-    high = tl.max(tl.where(keys == GREATEST, tl.min(keys, 0), keys), 0).to(tl.int64)
-    while low < high:
-        middle = (low + high) >> 1
-        up_to = tl.sum((keys <= middle.to(tl.int32)).to(tl.int32), 0)
-        low = tl.where(up_to > k, low, middle + 1)
-        high = tl.where(up_to > k, middle, high)
-    return low.to(tl.int32)
-
-
-@triton.jit
-def sorted_kernel(
-    bits_at: tl.tensor,
-    wanted_at: tl.tensor,
-    found_at: tl.tensor,
-    size: tl.tensor,
-    groups: tl.tensor,
-    inner: tl.tensor,
-    FLIP: tl.constexpr,
-    BITS: tl.constexpr,
-    FLOAT: tl.constexpr,
-    INDEX: tl.constexpr,
-    ONE_RUN: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """float64 [groups, ranks], for groups of at most BLOCK elements; grid (groups, ranks).
-
-    Ranks are the second column of `wanted`.
-    """
-    group = tl.program_id(0).to(INDEX)
-    lanes = tl.arange(0, BLOCK)
-    inside = lanes < size
-    at = bits_at + place(lanes.to(INDEX), group, size, groups, inner, ONE_RUN)
-    keys = tl.where(inside, float_key(tl.load(at, mask=inside, other=0).to(tl.int32), FLIP), GREATEST)
-    key = kth_key(keys, tl.load(wanted_at + 2 * tl.program_id(1) + 1))
-    at = found_at + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(at, key_value(key, FLIP, BITS, FLOAT))
-
-
-@triton.jit
-def descend(rank: tl.tensor, size: tl.tensor, counts: tl.tensor, ends: tl.tensor, room: tl.tensor) -> tl.tensor:
-    """What becomes of a rank in `size` elements that were divided.
-
-    Returns:
-        Its rank among the elements that were copied; whether it is one of them; the key that it has if not,
-        and whether that is certain.
-    """
-    first = size - tl.load(counts + ABOVE)
-    inside = tl.load(counts + INSIDE)
-    above = rank >= first
-    offset, before, at = rank - first, inside * 0, inside * 0
-    for bracket in tl.static_range(1, 3):
-        start = size - tl.load(counts + ABOVE + bracket)
-        later = rank >= start
-        before += tl.where(later, inside, 0)
-        inside = tl.where(later, tl.load(counts + INSIDE + bracket), inside)
-        offset = tl.where(later, rank - start, offset)
-        at = tl.where(later, bracket, at)
-    copied = above & (offset < inside)
-    low_known = (rank >= tl.load(counts + BELOW)) & (tl.load(ends + 6) > 0)
-    high_known = (rank < tl.load(counts + UP_TO + at)) & (tl.load(ends + 2 * at + 7) > 0)
-    # Above a bracket, but up to the low end of the next one.
-    after = tl.minimum(at + 1, 2)
-    after_known = (at < 2) & (rank >= tl.load(counts + BELOW + after)) & (tl.load(ends + 2 * after + 6) > 0)
-    known = tl.where(above, (offset >= inside) & (high_known | after_known), low_known)
-    end = tl.where(above, tl.where(high_known, 2 * at + 1, 2 * after), 0)
-    inner_rank = before + tl.where(above, tl.minimum(offset, inside), 0)
-    return inner_rank, copied & (tl.load(counts + COPIED) <= room), tl.load(ends + end), known
+"""Numbers of a group's brackets, float32: low and high end of each, and for each end whether it repeats."""
 
 
 @triton.jit
 def bracket_kernel(
-    source_at: tl.tensor,
+    values_at: tl.tensor,
     ranks_at: tl.tensor,
-    counts_at: tl.tensor,
     ends_at: tl.tensor,
-    rooms_at: tl.tensor,
+    counts_at: tl.tensor,
+    bins_at: tl.tensor,
+    kept_at: tl.tensor,
     size: tl.tensor,
     groups: tl.tensor,
     inner: tl.tensor,
     stride: tl.tensor,
-    source_room: tl.tensor,
-    LEVEL: tl.constexpr,
     BOUNDARIES: tl.constexpr,
-    FLIP: tl.constexpr,
+    BINS: tl.constexpr,
+    ROOM: tl.constexpr,
     INDEX: tl.constexpr,
     ONE_RUN: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Fills ends [levels, groups, ENDS] for a level; grid (groups, 6).
+    """Fills ends [groups, ENDS], and makes counts [groups, 16], bins and kept ready; grid (groups, 6).
 
-    The sample is every `stride`-th element of a group, at most BLOCK; from LEVEL 1 on, of the keys [groups,
-    source_room] that were copied before, as counts [levels, groups, 16] say. Ranks are [boundaries, 2], rooms
-    [levels].
+    Ranks are [boundaries, 2].
     """
     group = tl.program_id(0)
-    boundary, side = tl.program_id(1) // 2, tl.program_id(1) % 2
-    ends = ends_at + (LEVEL * groups + group) * ENDS + tl.program_id(1)
-    lanes = tl.arange(0, BLOCK)
-    if boundary >= BOUNDARIES:  # a bracket that nothing is above
-        tl.store(ends, GREATEST)
-        tl.store(ends + 6, 0)
+    side, end = tl.program_id(1) % 2, tl.program_id(1)
+    half = tl.arange(0, BINS // 2)
+    tl.store(bins_at + (group.to(tl.int64) * 6 + end) * (BINS // 2) + half, half * 0)
+    tl.store(kept_at + (group.to(tl.int64) * 3 + end // 2 + 1) * ROOM - 2 + side, -GREATEST - 1)
+    if end == 0:
+        tl.store(counts_at + group * 16 + tl.arange(0, 16), tl.zeros((16,), tl.int32))
+    if end >= 2 * BOUNDARIES:  # a bracket that nothing is above
+        tl.store(ends_at + group * ENDS + end, INFINITY)
+        tl.store(ends_at + group * ENDS + 6 + end, 0.0)
     else:
-        rank = tl.load(ranks_at + tl.program_id(1))
-        if LEVEL > 0:
-            for level in tl.static_range(LEVEL):
-                row = level * groups + group
-                room = tl.load(rooms_at + level)
-                rank, _, _, _ = descend(rank, size, counts_at + row * 16, ends_at + row * ENDS, room)
-                size = tl.minimum(tl.load(counts_at + row * 16 + COPIED), room)
-            # Odd: `divide_kernel` copies runs of powers of two, of which an even stride would see a part only.
-            stride = tl.maximum(tl.cdiv(size, BLOCK), 1) | 1
-            inside = lanes < tl.cdiv(size, stride)
-            keys = tl.load(source_at + group.to(INDEX) * source_room + lanes * stride, mask=inside, other=0)
-        else:
-            inside = lanes < tl.cdiv(size, stride)
-            at = place(lanes.to(INDEX) * stride, group.to(INDEX), size, groups, inner, ONE_RUN)
-            keys = float_key(tl.load(source_at + at, mask=inside, other=0).to(tl.int32), FLIP)
-        keys = tl.where(inside, keys, GREATEST)
-        samples = tl.cdiv(size, stride)
-        share = rank.to(tl.float32) / tl.maximum(size, 1).to(tl.float32)
+        keys = sampled_keys(values_at, group, size, groups, inner, stride, INDEX, ONE_RUN, BLOCK)
+        rank, samples = tl.load(ranks_at + end), tl.cdiv(size, stride)
+        share = rank.to(tl.float32) / size.to(tl.float32)
         spread = 4 * tl.sqrt(tl.maximum(samples.to(tl.float32) * share * (1 - share), 0.0)) + 2
-        margin = tl.where(stride == 1, 0, spread.to(tl.int32))
+        margin = spread.to(tl.int32)
         nth = tl.where(side == 0, rank // stride - margin, tl.cdiv(rank, stride) + margin)
-        key = kth_key(keys, tl.minimum(tl.maximum(nth, 0), BLOCK - 1))
-        repeats = tl.sum((inside & (keys == key)).to(tl.int32), 0) > 1
-        exact = stride == 1  # the sample is all there is, and ends are the wanted values
-        outside = (nth < 0) | (nth >= samples)
-        tl.store(ends, tl.where(nth < 0, -FLIP - 1, tl.where(nth >= samples, GREATEST, key)))
-        tl.store(ends + 6, ((repeats | exact) & ~outside).to(tl.int32))
+        value = value_of(kth_key(keys, tl.minimum(tl.maximum(nth, 0), samples - 1)))
+        equal = (keys != GREATEST) & (value_of(keys) == value)  # zeros of both signs
+        repeats = (tl.sum(equal.to(tl.int32), 0) > 1) & (nth >= 0) & (nth < samples)
+        value = tl.where(nth < 0, -INFINITY, tl.where(nth >= samples, INFINITY, value))
+        tl.store(ends_at + group * ENDS + end, value)
+        tl.store(ends_at + group * ENDS + 6 + end, repeats.to(tl.float32))
 
 
 @triton.jit
-def divide_kernel(
-    source_at: tl.tensor,
-    counts_at: tl.tensor,
+def load_brackets(ends: tl.tensor, BINS: tl.constexpr) -> tl.tensor:
+    """A factor that makes the ends neither tiny nor huge; low end, high end and bins a unit of each, scaled."""
+    places = tl.arange(0, 8)
+    every = tl.abs(tl.load(ends + places, mask=places < 6, other=0.0))
+    greatest = tl.max(tl.where(every < INFINITY, every, 0.0), 0)
+    factor = tl.where(greatest > 1e30, 2.0**-20, tl.where(greatest < 1e-20, 2.0**80, 1.0))
+    low0, high0 = tl.load(ends) * factor, tl.load(ends + 1) * factor
+    low1, high1 = tl.load(ends + 2) * factor, tl.load(ends + 3) * factor
+    low2, high2 = tl.load(ends + 4) * factor, tl.load(ends + 5) * factor
+    scale0, scale1 = bin_scale(low0, high0, BINS), bin_scale(low1, high1, BINS)
+    return factor, low0, high0, scale0, low1, high1, scale1, low2, high2, bin_scale(low2, high2, BINS)
+
+
+@triton.jit
+def bin_scale(low: tl.tensor, high: tl.tensor, BINS: tl.constexpr) -> tl.tensor:
+    """Bins a unit; 0, which makes it one bin, where the width is not a normal number."""
+    width = high - low
+    return tl.where((width > 1e-30) & (width < 1e37), tl.div_rn(width * 0.0 + BINS, width), 0.0)
+
+
+@triton.jit
+def bin_of(
+    x: tl.tensor,
+    low0: tl.tensor,
+    high0: tl.tensor,
+    scale0: tl.tensor,
+    low1: tl.tensor,
+    high1: tl.tensor,
+    scale1: tl.tensor,
+    low2: tl.tensor,
+    high2: tl.tensor,
+    scale2: tl.tensor,
+    BINS: tl.constexpr,
+) -> tl.tensor:
+    """The number of a scaled element's bin, 0 to 3 * BINS - 1; -1 if it is in none."""
+    above1, above2 = x > low1, x > low2
+    low = tl.where(above2, low2, tl.where(above1, low1, low0))
+    high = tl.where(above2, high2, tl.where(above1, high1, high0))
+    scale = tl.where(above2, scale2, tl.where(above1, scale1, scale0))
+    first = tl.where(above2, 2 * BINS, tl.where(above1, BINS, 0))
+    inside = (x > low) & (x < high)
+    offset = tl.minimum(tl.where(inside, (x - low) * scale, 0.0).to(tl.int32), BINS - 1)
+    return tl.where(inside, first + offset, -1)
+
+
+@triton.jit
+def count_kernel(
+    values_at: tl.tensor,
     ends_at: tl.tensor,
-    kept_at: tl.tensor,
+    counts_at: tl.tensor,
+    bins_at: tl.tensor,
     parts_at: tl.tensor,
     size: tl.tensor,
     groups: tl.tensor,
     inner: tl.tensor,
-    source_room: tl.tensor,
-    room: tl.tensor,
-    LEVEL: tl.constexpr,
-    FLIP: tl.constexpr,
+    BINS: tl.constexpr,
     INDEX: tl.constexpr,
     ONE_RUN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
-    """Counts by the brackets of a level, and copies keys inside them to kept [groups, room].
+    """Counts by brackets and bins, and fills `parts` as `extremes_kernel` does; grid (groups, programs).
 
-    The grid is (groups, programs). LEVEL 0 also fills `parts` as `extremes_kernel` does. A program does ROWS *
-    COLUMNS elements at a time, at most 1023 // ROWS times.
+    A program goes over at most 1023 blocks.
     """
     group = tl.program_id(0).to(INDEX)
-    lanes = tl.arange(0, COLUMNS)
-    row = LEVEL * groups + tl.program_id(0)
-    if LEVEL > 0:
-        size = tl.minimum(tl.load(counts_at + (row - groups) * 16 + COPIED), source_room)
-    counts, ends = counts_at + row * 16, ends_at + row * ENDS
-    low0, high0 = tl.load(ends), tl.load(ends + 1)
-    low1, high1 = tl.load(ends + 2), tl.load(ends + 3)
-    low2, high2 = tl.load(ends + 4), tl.load(ends + 5)
-    repeated = tl.max(tl.load(ends + 6 + tl.arange(0, 8), mask=tl.arange(0, 8) < 6, other=0), 0) > 0
-    # Of each column, in 10 bits for each bracket.
-    above = tl.zeros((COLUMNS,), tl.int32)
-    inside = tl.zeros((COLUMNS,), tl.int32)
-    below = tl.zeros((COLUMNS,), tl.int32)
-    up_to = tl.zeros((COLUMNS,), tl.int32)
-    high_part = tl.full((COLUMNS,), -FLIP - 1, tl.int32)
-    low_part = tl.full((COLUMNS,), -FLIP - 1, tl.int32)
-    for tile in range(tl.program_id(1), tl.cdiv(size, ROWS * COLUMNS), tl.num_programs(1)):
-        first = tl.cast(tile, INDEX) * (ROWS * COLUMNS) + lanes
-        marks = tl.zeros((COLUMNS,), tl.int32)
-        before = inside
-        for k in tl.static_range(ROWS):
-            j = first + k * COLUMNS
-            valid = j < size
-            key = load_key(source_at, j, valid, group, size, groups, inner, source_room, LEVEL, FLIP, ONE_RUN)
-            if LEVEL == 0:
-                high_part = tl.maximum(high_part, key)
-                low_part = tl.maximum(low_part, tl.where(valid, ~key, -FLIP - 1))
-            above1, above2 = key > low1, key > low2
-            above += (key > low0).to(tl.int32) + tl.where(above1, 1 << 10, 0) + tl.where(above2, 1 << 20, 0)
-            high = tl.where(above2, high2, tl.where(above1, high1, high0))
-            copied = (key > low0) & (key < high)
-            inside += tl.where(copied, tl.where(above2, 1 << 20, tl.where(above1, 1 << 10, 1)), 0)
-            marks |= copied.to(tl.int32) << k
+    lanes = tl.arange(0, BLOCK).to(INDEX)
+    ends, counts = ends_at + group * ENDS, counts_at + group * 16
+    bins = bins_at + group * (3 * BINS)
+    factor, low0, high0, scale0, low1, high1, scale1, low2, high2, scale2 = load_brackets(ends, BINS)
+    repeated = tl.max(tl.load(ends + 6 + tl.arange(0, 8), mask=tl.arange(0, 8) < 6, other=0.0), 0) > 0
+    first = tl.load(values_at + place(group * 0, group, size, groups, inner, ONE_RUN)).to(tl.float32)
+    # 10 bits for each bracket.
+    up_to = tl.zeros((BLOCK,), tl.int32)
+    below = tl.zeros((BLOCK,), tl.int32)
+    up_to_high = tl.zeros((BLOCK,), tl.int32)
+    high_part = tl.zeros((BLOCK,), tl.int32) + float_key(first)
+    low_part = ~high_part
+    for tile in range(tl.program_id(1), tl.cdiv(size, BLOCK), tl.num_programs(1)):
+        j = tl.cast(tile, INDEX) * BLOCK + lanes
+        valid = j < size
+        x = tl.load(values_at + place(j, group, size, groups, inner, ONE_RUN), mask=valid, other=0.0)
+        x = tl.where(valid, x.to(tl.float32), first)
+        key = float_key(x)
+        high_part = tl.maximum(high_part, key)
+        low_part = tl.maximum(low_part, ~key)
+        x = tl.where(valid, x * factor, INFINITY)  # in no bin, and up to the end of no bracket that there is
+        up_to += tl.where(x <= low0, 1, 0) + tl.where(x <= low1, 1 << 10, 0) + tl.where(x <= low2, 1 << 20, 0)
+        bin = bin_of(x, low0, high0, scale0, low1, high1, scale1, low2, high2, scale2, BINS)
+        tl.atomic_add(bins + bin, 1, mask=bin >= 0, sem="relaxed")
         if repeated:
-            for k in tl.static_range(ROWS):
-                j = first + k * COLUMNS
-                valid = j < size
-                key = load_key(source_at, j, valid, group, size, groups, inner, source_room, LEVEL, FLIP, ONE_RUN)
-                less = (
-                    (key < low0).to(tl.int32) + tl.where(key < low1, 1 << 10, 0) + tl.where(key < low2, 1 << 20, 0)
-                )
-                most = (key <= high0).to(tl.int32) + tl.where(key <= high1, 1 << 10, 0)
-                below += tl.where(valid, less, 0)
-                up_to += tl.where(valid, most + tl.where(key <= high2, 1 << 20, 0), 0)
-        added = inside - before
-        number = (added & 1023) + (added >> 10 & 1023) + (added >> 20)
-        places = tl.cumsum(number, 0)
-        all_of_them = tl.max(places, 0)
-        start = tl.atomic_add(counts + COPIED, all_of_them, sem="relaxed")
-        marks = tl.where(start + all_of_them <= room, marks, 0)
-        to = kept_at + group * room + (start + places - number)
-        for k in tl.static_range(ROWS):
-            j = first + k * COLUMNS
-            copied = (marks >> k & 1) > 0
-            key = load_key(source_at, j, copied, group, size, groups, inner, source_room, LEVEL, FLIP, ONE_RUN)
-            tl.store(to, key, mask=copied)
-            to += copied.to(tl.int32)
+            below += tl.where(x < low0, 1, 0) + tl.where(x < low1, 1 << 10, 0) + tl.where(x < low2, 1 << 20, 0)
+            most = tl.where(x <= high0, 1, 0) + tl.where(x <= high1, 1 << 10, 0)
+            up_to_high += tl.where(valid, most + tl.where(x <= high2, 1 << 20, 0), 0)
     for bracket in tl.static_range(3):
-        tl.atomic_add(counts + ABOVE + bracket, tl.sum(above >> (10 * bracket) & 1023, 0), sem="relaxed")
-        tl.atomic_add(counts + INSIDE + bracket, tl.sum(inside >> (10 * bracket) & 1023, 0), sem="relaxed")
+        tl.atomic_add(counts + UP_TO_LOW + bracket, tl.sum(up_to >> 10 * bracket & 1023, 0), sem="relaxed")
         if repeated:
-            tl.atomic_add(counts + BELOW + bracket, tl.sum(below >> (10 * bracket) & 1023, 0), sem="relaxed")
-            tl.atomic_add(counts + UP_TO + bracket, tl.sum(up_to >> (10 * bracket) & 1023, 0), sem="relaxed")
-    if LEVEL == 0:
-        part = parts_at + tl.program_id(0) * 2 * tl.num_programs(1) + tl.program_id(1)
-        tl.store(part, tl.max(low_part, 0))
-        tl.store(part + tl.num_programs(1), tl.max(high_part, 0))
+            lower, upper = below >> 10 * bracket & 1023, up_to_high >> 10 * bracket & 1023
+            tl.atomic_add(counts + BELOW_LOW + bracket, tl.sum(lower, 0), sem="relaxed")
+            tl.atomic_add(counts + UP_TO_HIGH + bracket, tl.sum(upper, 0), sem="relaxed")
+    part = parts_at + tl.program_id(0) * 2 * tl.num_programs(1) + tl.program_id(1)
+    tl.store(part, tl.max(low_part, 0))
+    tl.store(part + tl.num_programs(1), tl.max(high_part, 0))
 
 
 @triton.jit
-def load_key(
-    source_at: tl.tensor,
-    j: tl.tensor,
-    wanted: tl.tensor,
-    group: tl.tensor,
+def locate(rank: tl.tensor, counts: tl.tensor, ends: tl.tensor, bins: tl.tensor, BINS: tl.constexpr) -> tl.tensor:
+    """Where a rank is found.
+
+    Returns:
+        The number of its bin, -1 if it is in none; its rank among the elements of that bin; how many these
+        are; the value, if it is in no bin: that of an end of a bracket, or NaN.
+    """
+    lanes = tl.arange(0, BINS)
+    start0, start1 = tl.load(counts + UP_TO_LOW), tl.load(counts + UP_TO_LOW + 1)
+    start2 = tl.load(counts + UP_TO_LOW + 2)
+    at = tl.where(rank >= start2, 2, tl.where(rank >= start1, 1, 0))
+    offset = rank - tl.where(at == 2, start2, tl.where(at == 1, start1, start0))
+    here = tl.load(bins + at * BINS + lanes)
+    sums = tl.cumsum(here, 0)
+    inside = tl.sum(here, 0)
+    found = tl.sum((sums <= offset).to(tl.int32), 0)
+    before = tl.sum(tl.where(lanes < found, here, 0), 0)
+    number = tl.sum(tl.where(lanes == found, here, 0), 0)
+    # In no bin: the low end, the high end, or the low end of the next bracket. An end is an element itself.
+    low, high = tl.load(ends + 2 * at), tl.load(ends + 2 * at + 1)
+    after = tl.minimum(at + 1, 2)
+    is_low = (offset == -1) | ((tl.load(ends + 6) > 0) & (rank >= tl.load(counts + BELOW_LOW)))
+    repeats_high = (tl.load(ends + 7 + 2 * at) > 0) & (rank < tl.load(counts + UP_TO_HIGH + at))
+    is_high = (offset == inside) | repeats_high
+    is_next = (at < 2) & (tl.load(ends + 6 + 2 * after) > 0) & (rank >= tl.load(counts + BELOW_LOW + after))
+    nothing = float("nan")
+    beyond = tl.where(is_next, tl.load(ends + 2 * after), tl.where(is_high, high, nothing))
+    value = tl.where(offset < 0, tl.where(is_low, low, nothing), beyond)
+    return tl.where((offset >= 0) & (offset < inside), at * BINS + found, -1), offset - before, number, value
+
+
+@triton.jit
+def window(rank: tl.tensor, counts: tl.tensor, ends: tl.tensor, bins: tl.tensor, BINS: tl.constexpr) -> tl.tensor:
+    """The bin of a rank, and scaled values between which its elements are, and hardly any others."""
+    _, low0, high0, scale0, low1, high1, scale1, low2, high2, scale2 = load_brackets(ends, BINS)
+    bin, _, _, _ = locate(rank, counts, ends, bins, BINS)
+    at = bin // BINS
+    low = tl.where(at == 2, low2, tl.where(at == 1, low1, low0))
+    high = tl.where(at == 2, high2, tl.where(at == 1, high1, high0))
+    scale = tl.where(at == 2, scale2, tl.where(at == 1, scale1, scale0))
+    offset = (bin - at * BINS).to(tl.float32)
+    # The number of a bin is rounded by less than 1 / 1000, an end of the window by its last bit.
+    first = low + (offset - 0.01) / tl.where(scale > 0, scale, 1.0)
+    last = low + (offset + 1.01) / tl.where(scale > 0, scale, 1.0)
+    first = tl.where(scale > 0, first - tl.abs(first) * 1e-6, low)
+    last = tl.where(scale > 0, last + tl.abs(last) * 1e-6, high)
+    return bin, tl.where(bin < 0, INFINITY, first), tl.where(bin < 0, -INFINITY, last)
+
+
+@triton.jit
+def boundary_window(
+    ranks: tl.tensor, counts: tl.tensor, ends: tl.tensor, bins: tl.tensor, BINS: tl.constexpr
+) -> tl.tensor:
+    """The bins of a boundary's two ranks, and the window of both."""
+    lower, first, last = window(tl.load(ranks), counts, ends, bins, BINS)
+    upper, also_first, also_last = window(tl.load(ranks + 1), counts, ends, bins, BINS)
+    return lower, upper, tl.minimum(first, also_first), tl.maximum(last, also_last)
+
+
+@triton.jit
+def collect_kernel(
+    values_at: tl.tensor,
+    ranks_at: tl.tensor,
+    ends_at: tl.tensor,
+    counts_at: tl.tensor,
+    bins_at: tl.tensor,
+    kept_at: tl.tensor,
     size: tl.tensor,
     groups: tl.tensor,
     inner: tl.tensor,
-    source_room: tl.tensor,
-    LEVEL: tl.constexpr,
-    FLIP: tl.constexpr,
+    BOUNDARIES: tl.constexpr,
+    BINS: tl.constexpr,
+    ROOM: tl.constexpr,
+    INDEX: tl.constexpr,
     ONE_RUN: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Copies the keys in the bins of a boundary's two ranks to kept [groups, 3, ROOM]; grid (groups, programs).
+
+    Of keys for which there is no room, the last two are the greatest inverted and the greatest plain key.
+    """
+    group = tl.program_id(0).to(INDEX)
+    lanes = tl.arange(0, BLOCK).to(INDEX)
+    ends, counts = ends_at + group * ENDS, counts_at + group * 16
+    bins, kept = bins_at + group * (3 * BINS), kept_at + group * (3 * ROOM)
+    factor, low0, high0, scale0, low1, high1, scale1, low2, high2, scale2 = load_brackets(ends, BINS)
+    lower0, upper0, first0, last0 = boundary_window(ranks_at, counts, ends, bins, BINS)
+    lower1, upper1, first1, last1 = lower0, upper0, first0, last0
+    lower2, upper2, first2, last2 = lower0, upper0, first0, last0
+    if BOUNDARIES > 1:
+        lower1, upper1, first1, last1 = boundary_window(ranks_at + 2, counts, ends, bins, BINS)
+    if BOUNDARIES > 2:
+        lower2, upper2, first2, last2 = boundary_window(ranks_at + 4, counts, ends, bins, BINS)
+    for tile in range(tl.program_id(1), tl.cdiv(size, BLOCK), tl.num_programs(1)):
+        j = tl.cast(tile, INDEX) * BLOCK + lanes
+        at = values_at + place(j, group, size, groups, inner, ONE_RUN)
+        unscaled = tl.load(at, mask=j < size, other=INFINITY).to(tl.float32)
+        x = unscaled * factor
+        near = ((x >= first0) & (x <= last0)) | ((x >= first1) & (x <= last1)) | ((x >= first2) & (x <= last2))
+        if tl.max((near & (j < size)).to(tl.int32), 0) > 0:
+            bin = bin_of(x, low0, high0, scale0, low1, high1, scale1, low2, high2, scale2, BINS)
+            bin = tl.where(j < size, bin, -1)
+            key = float_key(unscaled)
+            copy_keys(key, (bin >= 0) & ((bin == lower0) | (bin == upper0)), counts, kept, 0, ROOM)
+            if BOUNDARIES > 1:
+                copy_keys(key, (bin >= 0) & ((bin == lower1) | (bin == upper1)), counts, kept, 1, ROOM)
+            if BOUNDARIES > 2:
+                copy_keys(key, (bin >= 0) & ((bin == lower2) | (bin == upper2)), counts, kept, 2, ROOM)
+
+
+@triton.jit
+def copy_keys(
+    key: tl.tensor,
+    wanted: tl.tensor,
+    counts: tl.tensor,
+    kept: tl.tensor,
+    BOUNDARY: tl.constexpr,
+    ROOM: tl.constexpr,
+) -> None:
+    """Copies the wanted keys behind those that were copied for a boundary before."""
+    to = tl.atomic_add(counts + COPIED + BOUNDARY + key * 0, 1, mask=wanted, sem="relaxed")
+    kept += BOUNDARY * ROOM
+    tl.store(kept + to, key, mask=wanted & (to < ROOM - 2))
+    late = wanted & (to >= ROOM - 2)
+    tl.atomic_max(kept + ROOM - 2 + key * 0, ~key, mask=late, sem="relaxed")
+    tl.atomic_max(kept + ROOM - 1 + key * 0, key, mask=late, sem="relaxed")
+
+
+@triton.jit
+def boundary_value(
+    boundary: tl.tensor,
+    side: tl.tensor,
+    group: tl.tensor,
+    ranks_at: tl.tensor,
+    ends_at: tl.tensor,
+    counts_at: tl.tensor,
+    bins_at: tl.tensor,
+    kept_at: tl.tensor,
+    BINS: tl.constexpr,
+    ROOM: tl.constexpr,
 ) -> tl.tensor:
-    """Keys of a group's elements, or keys that were copied; the least key, which is a NaN's, if not wanted."""
-    if LEVEL > 0:
-        return tl.load(source_at + group * source_room + j, mask=wanted, other=-FLIP - 1)
-    else:
-        at = source_at + place(j, group, size, groups, inner, ONE_RUN)
-        return float_key(tl.load(at, mask=wanted, other=-1).to(tl.int32), FLIP)
+    """The value of the lower (side 0) or the upper rank (1) of a boundary, float32; NaN if it is not known."""
+    ends, counts, bins = ends_at + group * ENDS, counts_at + group * 16, bins_at + group * (3 * BINS)
+    kept = kept_at + (group * 3 + boundary) * ROOM
+    lower, _, lower_number, _ = locate(tl.load(ranks_at + 2 * boundary), counts, ends, bins, BINS)
+    bin, rank, _, value = locate(tl.load(ranks_at + 2 * boundary + side), counts, ends, bins, BINS)
+    rank += tl.where((lower >= 0) & (bin > lower), lower_number, 0)
+    copied = tl.load(counts + COPIED + boundary)
+    lanes = tl.arange(0, ROOM)
+    if bin >= 0:
+        inside = lanes < tl.minimum(copied, ROOM - 2)
+        keys = tl.where(inside, tl.load(kept + lanes, mask=inside, other=0), GREATEST)
+        least = tl.min(keys, 0)
+        if copied <= ROOM - 2:
+            value = value_of(kth_key(keys, rank))
+        else:
+            most = tl.maximum(tl.max(tl.where(inside, keys, least), 0), tl.load(kept + ROOM - 1))
+            least = tl.minimum(least, ~tl.load(kept + ROOM - 2))
+            value = tl.where(value_of(least) == value_of(most), value_of(least), float("nan"))
+    return value
 
 
 @triton.jit
 def find_kernel(
-    plan_at: tl.tensor,
-    counts_at: tl.tensor,
+    wanted_at: tl.tensor,
+    ranks_at: tl.tensor,
     ends_at: tl.tensor,
-    rooms_at: tl.tensor,
+    counts_at: tl.tensor,
+    bins_at: tl.tensor,
     kept_at: tl.tensor,
     parts_at: tl.tensor,
     found_at: tl.tensor,
-    size: tl.tensor,
-    groups: tl.tensor,
-    room: tl.tensor,
-    parts: tl.tensor,
-    ranks: tl.tensor,
-    LEVELS: tl.constexpr,
-    FLIP: tl.constexpr,
-    BITS: tl.constexpr,
-    FLOAT: tl.constexpr,
-    INDEX: tl.constexpr,
-    PARTS_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    programs: tl.tensor,
+    columns: tl.tensor,
+    BINS: tl.constexpr,
+    ROOM: tl.constexpr,
+    PARTS: tl.constexpr,
 ) -> None:
-    """Fills a part of found [groups, ranks], float64; grid (groups, wanted).
+    """Fills a part of found [groups, columns], float64; grid (groups, wanted).
 
-    The plan is, of each wanted rank, its column in `found`, and itself, or -1 for the least and -2 for the
-    greatest element. `kept` [groups, room] are the keys that are left after all levels; BLOCK is at least
-    `room`.
+    Wanted are [column, number]: twice the boundary and its side, or -1 for the least element and -2 for the
+    greatest.
     """
-    group = tl.program_id(0)
-    column, rank = tl.load(plan_at + 2 * tl.program_id(1)), tl.load(plan_at + 2 * tl.program_id(1) + 1)
-    found = found_at + group * ranks + column
-    if rank < 0:
-        side = -1 - rank
-        key = greatest_part(parts_at + (group * 2 + side) * parts, parts, tl.int32, PARTS_BLOCK)
-        tl.store(found, key_value(tl.where(side == 0, ~key, key), FLIP, BITS, FLOAT))
+    group = tl.program_id(0).to(tl.int64)
+    column, number = tl.load(wanted_at + 2 * tl.program_id(1)), tl.load(wanted_at + 2 * tl.program_id(1) + 1)
+    if number < 0:
+        value = extreme_of(parts_at + group * 2 * programs, -1 - number, programs, PARTS)
     else:
-        going, certain, key = rank >= 0, rank < 0, rank * 0
-        for level in tl.static_range(LEVELS):
-            row = group + level * groups
-            level_room = tl.load(rooms_at + level)
-            next_rank, copied, end, known = descend(
-                rank, size, counts_at + row * 16, ends_at + row * ENDS, level_room
-            )
-            key = tl.where(going & ~copied, end, key)
-            certain = certain | (going & ~copied & known)
-            going = going & copied
-            rank, size = next_rank, tl.minimum(tl.load(counts_at + row * 16 + COPIED), level_room)
-        if going:
-            lanes = tl.arange(0, BLOCK)
-            at = kept_at + group.to(INDEX) * room + lanes
-            keys = tl.where(lanes < size, tl.load(at, mask=lanes < size, other=0), GREATEST)
-            key = kth_key(keys, rank)
-        value = key_value(key, FLIP, BITS, FLOAT)
-        tl.store(found, tl.where(going | certain, value, float("nan")))
+        value = boundary_value(
+            number // 2, number % 2, group, ranks_at, ends_at, counts_at, bins_at, kept_at, BINS, ROOM
+        )
+    tl.store(found_at + group * columns + column, value.to(tl.float64))
+
+
+@triton.jit
+def selected_ranges_kernel(
+    ranks_at: tl.tensor,
+    ends_at: tl.tensor,
+    counts_at: tl.tensor,
+    bins_at: tl.tensor,
+    kept_at: tl.tensor,
+    parts_at: tl.tensor,
+    table_at: tl.tensor,
+    low_at: tl.tensor,
+    inverse_at: tl.tensor,
+    finite_at: tl.tensor,
+    programs: tl.tensor,
+    BINS: tl.constexpr,
+    ROOM: tl.constexpr,
+    PARTS: tl.constexpr,
+    LEVELS: tl.constexpr,
+) -> None:
+    """The ranges between boundaries, [groups, buckets]; see `store_range`; grid (groups, buckets)."""
+    group, bucket, buckets = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    parts = parts_at + group * 2 * programs
+    if bucket == 0:
+        low = extreme_of(parts, 0, programs, PARTS)
+    else:
+        low = boundary_value(bucket - 1, 1, group, ranks_at, ends_at, counts_at, bins_at, kept_at, BINS, ROOM)
+    if bucket == buckets - 1:
+        high = extreme_of(parts, 1, programs, PARTS)
+    else:
+        high = boundary_value(bucket, 0, group, ranks_at, ends_at, counts_at, bins_at, kept_at, BINS, ROOM)
+    store_range(low, high, group * buckets + bucket, table_at, low_at, inverse_at, finite_at, LEVELS)

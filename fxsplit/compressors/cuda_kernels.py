@@ -23,6 +23,7 @@ from fxsplit.compressors.cuda_selection import order_statistics as order_statist
 from fxsplit.compressors.cuda_selection import ranges as ranges
 from fxsplit.compressors.grouping import Layout
 from fxsplit.compressors.packing import packed_bytes
+from fxsplit.compressors.ranges import RangeRule
 from fxsplit.compressors.scheme import Scheme
 from fxsplit.compressors.triton_launch import Launcher
 from fxsplit.spec import TensorSpec
@@ -42,9 +43,15 @@ _UNITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 @functools.cache
 def available(device: torch.device) -> bool:
     """Whether Triton compiles and runs for a device: it needs a C compiler, and not every GPU will do."""
+    values, layout = torch.arange(64.0, device=device), Layout(1, 1, 64)
+    scheme, spec = Scheme(layout, 6, 0), TensorSpec.of(values)
     try:
-        values = torch.arange(64.0, device=device)
-        return extremes(values, Layout(1, 1, 64)).tolist() == [[0.0], [63.0]]
+        for _ in range(2):  # the second launch goes another way than the first
+            found = ranges(values, layout, RangeRule(1), scheme.levels, torch.float32)
+            codes = encode(values, found.minima, found.inverse, None, scheme)
+            if not found.are_finite() or not torch.equal(decode(codes, found.table, scheme, spec), values):
+                raise RuntimeError("its kernels give wrong numbers")
+        return True
     except Exception as error:  # whatever a broken installation raises
         warnings.warn(f"Triton does not work on {device}, so that compressors are slow: {error}", stacklevel=2)
         return False

@@ -111,14 +111,19 @@ class GradientTap:
     """Lets autograd begin at a received tensor and keeps the gradient that arrives there.
 
     The tensor is no leaf, so that the stage may change it in place, as the unsplit model does.
+
+    Attributes:
+        tensor: the received tensor.
+        gradient: what arrived there; None before the backward, and if nothing did.
+        anchor: where autograd's graph ends behind the tensor.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor: Tensor | None = tensor.data  # a view could not be changed in place
         self.gradient: Tensor | None = None
         with torch.enable_grad():  # the client's stages run inside an autograd function's forward
-            anchor = torch.empty(0, requires_grad=True)
-            self.tensor: Tensor = _Tap.apply(anchor, self)
+            self.anchor = torch.empty(0, requires_grad=True)
+            self.tensor: Tensor = _Tap.apply(self.anchor, self)
 
     def take(self) -> Tensor:
         """The tensor, once."""

@@ -13,14 +13,14 @@ from matplotlib.patches import Patch
 COLORS = {
     "F": "#4c78a8",
     "B": "#f58518",
-    "I": "#f58518",
+    "I": "#ffbf79",
     "W": "#eeca3b",
     "loss": "#b279a2",
     "encode": "#72b7b2",
     "decode": "#54a24b",
     "send": "#9d9da1",
 }
-_WORDS = {"F": "forward", "B": "backward", "W": "weight gradients"}
+_WORDS = {"F": "forward", "B": "backward", "I": "input gradients", "W": "weight gradients"}
 
 
 def save_step(events: Sequence[Mapping[str, Any]], path: Path) -> None:

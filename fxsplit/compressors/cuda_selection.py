@@ -262,7 +262,8 @@ class _Selection:
         memory = torch.empty(sum(lengths), dtype=torch.int32, device=device)
         counts, places, windows, ends, kept, bin_counts, parts = memory.split(lengths)
         windows = windows.view(torch.float32)
-        sizes, count, ends = _sizes(layout), len(boundaries), ends.view(torch.float32)
+        ends, parts = ends.view(torch.float32), parts.view(torch.float32)
+        sizes, count = _sizes(layout), len(boundaries)
         shared: dict[str, Any] = {"BINS": bins, **_indexing(layout)}
         _bracket(
             (groups, 6),
@@ -291,9 +292,9 @@ class _Selection:
 
 
 def _extreme_parts(values: Tensor, layout: Layout) -> tuple[Tensor, int]:
-    """Extremes of parts of each group, int32 [groups, 2, programs], and how many parts; on the current device."""
+    """Extremes of parts of each group, float32 [groups, 2, programs], and how many parts there are."""
     programs = _programs(layout)
-    parts = values.new_empty(layout.groups, 2, programs, dtype=torch.int32)
+    parts = values.new_empty(layout.groups, 2, programs, dtype=torch.float32)
     with on_device(values.device):
         _extremes(
             (layout.groups, programs),

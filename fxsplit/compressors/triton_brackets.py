@@ -21,10 +21,12 @@ import triton.language as tl
 from fxsplit.compressors.triton_ranges import (
     GREATEST,
     INFINITY,
-    float_key,
+    greatest_of,
     kth_key,
+    least_of,
     place,
     sampled_keys,
+    store_part,
     value_of,
 )
 
@@ -131,6 +133,12 @@ def bin_of(
 
 
 @triton.jit
+def packed_counts(first: tl.tensor, second: tl.tensor, third: tl.tensor) -> tl.tensor:
+    """Three truths, in 10 bits each."""
+    return first.to(tl.int32) + tl.where(second, 1 << 10, 0) + tl.where(third, 1 << 20, 0)
+
+
+@triton.jit
 def count_kernel(
     values_at: tl.tensor,
     ends_at: tl.tensor,
@@ -145,45 +153,47 @@ def count_kernel(
     ONE_RUN: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Counts by brackets and bins, and fills `parts` as `extremes_kernel` does; grid (groups, programs).
+    """Counts by brackets and bins, and the extremes of parts, see `store_part`; grid (groups, programs).
 
     A program goes over at most 1023 blocks.
     """
     group = tl.program_id(0).to(INDEX)
-    lanes = tl.arange(0, BLOCK).to(INDEX)
+    # Not more than one element after the other for each thread: atomic operations want them so, and what was
+    # read otherwise would have to be exchanged between threads.
+    lanes = tl.max_contiguous(tl.arange(0, BLOCK), 1).to(INDEX)
     ends, counts = ends_at + group * ENDS, counts_at + group * 16
     bins = bins_at + group * (3 * BINS)
     factor, low0, high0, scale0, low1, high1, scale1, low2, high2, scale2 = load_brackets(ends, BINS)
     repeated = tl.max(tl.load(ends + 6 + tl.arange(0, 8), mask=tl.arange(0, 8) < 6, other=0.0), 0) > 0
     first = tl.load(values_at + place(group * 0, group, size, groups, inner, ONE_RUN)).to(tl.float32)
-    # 10 bits for each bracket.
     up_to = tl.zeros((BLOCK,), tl.int32)
     below = tl.zeros((BLOCK,), tl.int32)
     up_to_high = tl.zeros((BLOCK,), tl.int32)
-    high_part = tl.zeros((BLOCK,), tl.int32) + float_key(first)
-    low_part = ~high_part
+    high_part = tl.zeros((BLOCK,), tl.float32) + first
+    low_part = high_part
     for tile in range(tl.program_id(1), tl.cdiv(size, BLOCK), tl.num_programs(1)):
         j = tl.cast(tile, INDEX) * BLOCK + lanes
-        valid = j < size
-        x = tl.load(values_at + place(j, group, size, groups, inner, ONE_RUN), mask=valid, other=0.0)
-        x = tl.where(valid, x.to(tl.float32), first)
-        key = float_key(x)
-        high_part = tl.maximum(high_part, key)
-        low_part = tl.maximum(low_part, ~key)
-        x = tl.where(valid, x * factor, INFINITY)  # in no bin, and up to the end of no bracket that there is
-        up_to += tl.where(x <= low0, 1, 0) + tl.where(x <= low1, 1 << 10, 0) + tl.where(x <= low2, 1 << 20, 0)
+        at = values_at + place(j, group, size, groups, inner, ONE_RUN)
+        if (tl.cast(tile, INDEX) + 1) * BLOCK <= size:
+            x = tl.load(at).to(tl.float32)
+            high_part = greatest_of(high_part, x)
+            low_part = least_of(low_part, x)
+        else:
+            x = tl.load(at, mask=j < size, other=INFINITY).to(tl.float32)
+            high_part = greatest_of(high_part, tl.where(j < size, x, first))
+            low_part = least_of(low_part, tl.where(j < size, x, first))
+        # Infinity, behind the end, is in no bin, and up to the end of no bracket that there is.
+        x *= factor
+        up_to += packed_counts(x <= low0, x <= low1, x <= low2)
         bin = bin_of(x, low0, high0, scale0, low1, high1, scale1, low2, high2, scale2, BINS)
         tl.atomic_add(bins + bin, 1, mask=bin >= 0, sem="relaxed")
         if repeated:
-            below += tl.where(x < low0, 1, 0) + tl.where(x < low1, 1 << 10, 0) + tl.where(x < low2, 1 << 20, 0)
-            most = tl.where(x <= high0, 1, 0) + tl.where(x <= high1, 1 << 10, 0)
-            up_to_high += tl.where(valid, most + tl.where(x <= high2, 1 << 20, 0), 0)
+            below += packed_counts(x < low0, x < low1, x < low2)
+            up_to_high += packed_counts(x <= high0, x <= high1, x <= high2)
     for bracket in tl.static_range(3):
         tl.atomic_add(counts + UP_TO_LOW + bracket, tl.sum(up_to >> 10 * bracket & 1023, 0), sem="relaxed")
         if repeated:
             lower, upper = below >> 10 * bracket & 1023, up_to_high >> 10 * bracket & 1023
             tl.atomic_add(counts + BELOW_LOW + bracket, tl.sum(lower, 0), sem="relaxed")
             tl.atomic_add(counts + UP_TO_HIGH + bracket, tl.sum(upper, 0), sem="relaxed")
-    part = parts_at + tl.program_id(0) * 2 * tl.num_programs(1) + tl.program_id(1)
-    tl.store(part, tl.max(low_part, 0))
-    tl.store(part + tl.num_programs(1), tl.max(high_part, 0))
+    store_part(parts_at, low_part, high_part)

@@ -136,7 +136,7 @@ def collect_kernel(
     Of keys for which there is no room, the last two are the greatest inverted and the greatest plain key.
     """
     group = tl.program_id(0).to(INDEX)
-    lanes = tl.arange(0, BLOCK).to(INDEX)
+    lanes = tl.max_contiguous(tl.arange(0, BLOCK), 1).to(INDEX)  # as in `count_kernel`
     ends, counts, kept = ends_at + group * ENDS, counts_at + group * 16, kept_at + group * (3 * ROOM)
     places, windows = places_at + group * 24, windows_at + group * 24
     factor, low0, high0, scale0, low1, high1, scale1, low2, high2, scale2 = load_brackets(ends, BINS)
@@ -150,7 +150,10 @@ def collect_kernel(
     for tile in range(tl.program_id(1), tl.cdiv(size, BLOCK), tl.num_programs(1)):
         j = tl.cast(tile, INDEX) * BLOCK + lanes
         at = values_at + place(j, group, size, groups, inner, ONE_RUN)
-        unscaled = tl.load(at, mask=j < size, other=INFINITY).to(tl.float32)
+        if (tl.cast(tile, INDEX) + 1) * BLOCK <= size:
+            unscaled = tl.load(at).to(tl.float32)
+        else:
+            unscaled = tl.load(at, mask=j < size, other=INFINITY).to(tl.float32)
         x = unscaled * factor
         near = ((x >= first0) & (x <= last0)) | ((x >= first1) & (x <= last1)) | ((x >= first2) & (x <= last2))
         if tl.max(near.to(tl.int32), 0) > 0:

@@ -13,10 +13,11 @@ from fxsplit.compressors import codebook_codes
 from fxsplit.compressors.base import Compressor
 from fxsplit.compressors.codebooks import Sample, codebooks, sorted_samples
 from fxsplit.compressors.floating import check_floating, not_finite, plain, wide_dtype, widen
-from fxsplit.compressors.grouping import Layout, check_group, check_rounding
+from fxsplit.compressors.grouping import AUTO, Layout, check_group, check_rounding, group_of
 from fxsplit.compressors.kernels import kernels_for
 from fxsplit.compressors.kmeans import MIN_SAMPLE
 from fxsplit.compressors.packing import packed_bytes
+from fxsplit.compressors.quantization import milder
 from fxsplit.errors import CompressorError
 from fxsplit.spec import TensorSpec
 
@@ -70,7 +71,7 @@ class Adaptive(Compressor):
 
     bits: int = 4
     sample: int = 65536
-    group: str | int = field(default="channel", kw_only=True)
+    group: str | int = field(default=AUTO, kw_only=True)
     rounding: str = field(default="nearest", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -88,7 +89,7 @@ class Adaptive(Compressor):
                 cannot be divided into blocks of `group` elements.
         """
         check_floating(self, spec)
-        layout = Layout.of(spec, self.group)
+        layout = self._layout(spec)
         most = layout.groups * _group_bytes(layout.group_size, self.bits, spec) if spec.numel else 0
         return TensorSpec((layout.groups,), torch.uint8), TensorSpec((most,), torch.uint8)
 
@@ -105,7 +106,7 @@ class Adaptive(Compressor):
         given, buffer = (torch.zeros(s.shape, dtype=s.dtype, device=x.device) for s in self.wire(spec))
         if x.numel() == 0:
             return given, buffer
-        values, layout = plain(x).view(-1), Layout.of(spec, self.group)
+        values, layout = plain(x).view(-1), self._layout(spec)
         kernels = kernels_for(values.device, values.numel())
         extremes = kernels.extremes(values, layout)
         if not bool(extremes.isfinite().all()):
@@ -136,7 +137,7 @@ class Adaptive(Compressor):
             CompressorError: the payload is not what `wire(spec)` announces.
         """
         self.check_payload(payload, spec)
-        given, buffer, layout = payload[0].cpu().long(), payload[1], Layout.of(spec, self.group)
+        given, buffer, layout = payload[0].cpu().long(), payload[1], self._layout(spec)
         decoded = torch.empty(spec.shape, dtype=spec.dtype, device=buffer.device)
         if spec.numel == 0:
             return decoded
@@ -163,6 +164,14 @@ class Adaptive(Compressor):
             blocks[run.where] = found.transpose(0, 1)
             at += size
         return decoded
+
+    def for_gradients(self) -> Compressor:
+        """Itself with 8 bits, else uniform quantization to 8 bits: gradients have heavier tails."""
+        return milder(self, self.bits)
+
+    def _layout(self, spec: TensorSpec) -> Layout:
+        book_bytes = wide_dtype(spec.dtype).itemsize << self.bits
+        return Layout.of(spec, group_of(self.group, spec, self.bits, book_bytes))
 
     def _given(self, values: Tensor, layout: Layout, extremes: Tensor, spec: TensorSpec) -> Tensor:
         """The bits of each group: int64 `[groups]` on the CPU; of equals, the first groups come first."""

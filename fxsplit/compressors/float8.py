@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxsplit.compressors.base import Compressor
 from fxsplit.compressors.floating import check_floating, not_finite, plain, wide_dtype
-from fxsplit.compressors.grouping import Layout, check_group, check_rounding, tiles
+from fxsplit.compressors.grouping import Layout, check_group, check_rounding, group_of, tiles
 from fxsplit.compressors.kernels import float_kernels_for, kernels_for
 from fxsplit.compressors.scheme import Scheme, seeds_of, value_table
 from fxsplit.compressors.torch_kernels import block_size
@@ -86,7 +86,7 @@ class Float8(Compressor):
                 cannot be divided into blocks of `group` elements.
         """
         check_floating(self, spec)
-        groups = 1 if self.group == "tensor" else Layout.of(spec, self.group).groups
+        groups = self._layout(spec).groups
         return TensorSpec(spec.shape, torch.uint8), TensorSpec((groups,), wide_dtype(spec.dtype))
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -99,7 +99,7 @@ class Float8(Compressor):
                 of `group` elements.
         """
         numbers_spec, scale_spec = self.wire(TensorSpec.of(x))
-        values, layout, wide = plain(x).view(-1), Layout.of(TensorSpec.of(x), self.group), scale_spec.dtype
+        values, layout, wide = plain(x).view(-1), self._layout(TensorSpec.of(x)), scale_spec.dtype
         if values.numel() == 0:
             scale = self._scales(torch.zeros(scale_spec.shape, dtype=torch.float64), wide)
             return torch.empty(numbers_spec.shape, dtype=torch.uint8, device=x.device), scale.to(x.device)
@@ -128,7 +128,7 @@ class Float8(Compressor):
             CompressorError: the payload is not what `wire(spec)` announces.
         """
         self.check_payload(payload, spec)
-        (numbers, scale), layout = payload, Layout.of(spec, self.group)
+        (numbers, scale), layout = payload, self._layout(spec)
         codes = numbers.reshape(-1)
         # By table: few processors can convert these numbers.
         every = torch.arange(ALL_NUMBERS, dtype=torch.uint8, device=scale.device)
@@ -141,6 +141,9 @@ class Float8(Compressor):
             found = every[tile.of(codes).to(torch.int32)].mul_(tile.by_group(scale))
             tile.of(decoded).copy_(found.clamp_(limits.min, limits.max))
         return decoded.view(spec.shape)
+
+    def _layout(self, spec: TensorSpec) -> Layout:
+        return Layout.of(spec, group_of(self.group, spec, 8, wide_dtype(spec.dtype).itemsize))
 
     def _scales(self, largest: Tensor, wide: torch.dtype) -> Tensor:
         """The powers of two, in a dtype in which they and their inverses are normal, however small the values.

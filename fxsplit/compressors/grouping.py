@@ -12,8 +12,14 @@ from torch import Tensor
 from fxsplit.errors import CompressorError
 from fxsplit.spec import TensorSpec
 
-GROUPS = ("tensor", "sample", "channel")
+AUTO = "auto"
+"""Channels where their tables take little room beside the codes, else the whole tensor; see `group_of`."""
+
+GROUPS = (AUTO, "tensor", "sample", "channel")
 """The groups that have a name; an integer stands for blocks of so many consecutive elements."""
+
+TABLE_SHARE = 8
+"""`AUTO` means channels if their tables are at most one in so many of the bytes of the codes."""
 
 MIN_BLOCK = 8
 """The shortest block."""
@@ -129,6 +135,21 @@ def tiles(layout: Layout, size: int) -> Iterator[Tile]:
             for i in range(0, inner, size):
                 shape = (min(rows, outer - o), min(columns, groups - g), min(size, inner - i))
                 yield Tile((o * groups + g) * inner + i, shape, g)
+
+
+def group_of(group: str | int, spec: TensorSpec, bits: int, table_bytes: int) -> str | int:
+    """What the option `group` says for a tensor, with `AUTO` decided: by the spec alone, so that both ends agree.
+
+    Args:
+        group: the option.
+        spec: of the tensor.
+        bits: of a code.
+        table_bytes: what is sent for each group beside its codes.
+    """
+    if group != AUTO:
+        return group
+    groups = Layout.of(spec, "channel").groups
+    return "channel" if 8 * TABLE_SHARE * groups * table_bytes <= spec.numel * bits else "tensor"
 
 
 def sample_stride(count: int, sample: int) -> int:

@@ -13,9 +13,10 @@ from fxsplit.compressors import codebook_codes
 from fxsplit.compressors.base import Compressor, Memory
 from fxsplit.compressors.codebooks import Sample, codebooks, sorted_samples
 from fxsplit.compressors.floating import check_floating, not_finite, plain, wide_dtype
-from fxsplit.compressors.grouping import Layout, check_group, check_rounding
+from fxsplit.compressors.grouping import AUTO, Layout, check_group, check_rounding, group_of
 from fxsplit.compressors.kernels import kernels_for
 from fxsplit.compressors.packing import packed_bytes
+from fxsplit.compressors.quantization import milder
 from fxsplit.spec import TensorSpec
 
 MIN_SAMPLE = 64
@@ -40,7 +41,7 @@ class KMeans(Compressor):
         iterations: of Lloyd's, at most; fewer where nothing changes any more.
         sample: about how many elements the codebooks are found from, besides the least and the greatest; of
             each group at least 64 * 2**bits, if it has so many; 0 means all.
-        group: which elements share a codebook; see `Quantization`.
+        group: which elements share a codebook; "auto" by default, what trained best. See `Quantization`.
         rounding: "nearest" value; or "stochastic", one of the two around the element at random, so that the
             mean of what is received is the element. The least and the greatest value are then those of the
             group. See `Quantization`.
@@ -61,7 +62,7 @@ class KMeans(Compressor):
     bits: int = 4
     iterations: int = 10
     sample: int = 65536
-    group: str | int = field(default="tensor", kw_only=True)
+    group: str | int = field(default=AUTO, kw_only=True)
     rounding: str = field(default="nearest", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -80,7 +81,8 @@ class KMeans(Compressor):
                 cannot be divided into blocks of `group` elements.
         """
         check_floating(self, spec)
-        groups = () if self.group == "tensor" else (Layout.of(spec, self.group).groups,)
+        group = self._group(spec)
+        groups = () if group == "tensor" else (Layout.of(spec, group).groups,)
         codes = TensorSpec((packed_bytes(spec.numel, self.bits),), torch.uint8)
         return codes, TensorSpec((*groups, 1 << self.bits), wide_dtype(spec.dtype))
 
@@ -114,16 +116,23 @@ class KMeans(Compressor):
         """
         self.check_payload(payload, spec)
         packed, codebook = payload
-        layout = Layout.of(spec, self.group)
+        layout = Layout.of(spec, self._group(spec))
         book = codebook.view(layout.groups, 1 << self.bits)
         return codebook_codes.decode(packed, book, layout, spec, kernels_for(packed.device, spec.numel))
+
+    def for_gradients(self) -> Compressor:
+        """Itself with 8 bits, else uniform quantization to 8 bits: gradients have heavier tails."""
+        return milder(self, self.bits)
+
+    def _group(self, spec: TensorSpec) -> str | int:
+        return group_of(self.group, spec, self.bits, wide_dtype(spec.dtype).itemsize << self.bits)
 
     def _encode(self, x: Tensor, start: Tensor | None) -> tuple[Tensor, ...]:
         codes_spec, table_spec = self.wire(TensorSpec.of(x))
         values = plain(x).view(-1)
         if values.numel() == 0:
             return tuple(torch.zeros(s.shape, dtype=s.dtype, device=x.device) for s in (codes_spec, table_spec))
-        layout = Layout.of(TensorSpec.of(x), self.group)
+        layout = Layout.of(TensorSpec.of(x), self._group(TensorSpec.of(x)))
         kernels, stochastic = kernels_for(values.device, values.numel()), self.rounding == "stochastic"
         extremes = kernels.extremes(values, layout)
         if not bool(extremes.isfinite().all()):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from fxsplit.compressors.grouping import Layout
+from fxsplit.compressors.grouping import AUTO, Layout
 from fxsplit.compressors.quantization import Quantization
 from fxsplit.compressors.ranges import RangeRule
 
@@ -16,7 +16,7 @@ class Uniform(Quantization):
 
     Args:
         bits: bits an element, 2 to 16.
-        group: which elements share a range; see `Quantization`.
+        group: which elements share a range; "auto" by default, what trained best. See `Quantization`.
         rounding: "nearest" or "stochastic"; see `Quantization`.
 
     Wire: codes, uint8 `[ceil(n * bits / 8)]`; table `[2, 1]` or `[2, groups, 1]`, minimum and step. The error
@@ -30,6 +30,8 @@ class Uniform(Quantization):
     """
 
     name: ClassVar[str] = "uniform"
+
+    group: str | int = field(default=AUTO, kw_only=True)
 
     @property
     def split_bits(self) -> int:

@@ -14,6 +14,7 @@ from fxsplit.errors import FxsplitError
 from fxsplit.passes import rewrite
 from fxsplit.planning import Budget, Plan, plan
 from fxsplit.runtime.pipeline import Pipeline
+from fxsplit.runtime.torchrun import serve
 from fxsplit.split import split
 from fxsplit.trace import TracedModel, trace
 
@@ -30,6 +31,7 @@ __all__ = [
     "compressor",
     "plan",
     "rewrite",
+    "serve",
     "split",
     "trace",
 ]

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fxsplit.analyze import analyze as analyze_costs
+from fxsplit.commands.worker import worker
 from fxsplit.costs import CostTable
 from fxsplit.errors import FxsplitError, InputError, nearest
 from fxsplit.model_source import InputShape, load_model
@@ -241,6 +242,9 @@ def trace_command(
         with redirect_stdout(sys.stderr), Console(stderr=True).status(f"tracing {model}"):
             traced, costs, notes = _traced_costs_of(model, shapes, names, training, verify, front_end)
         Console().print(report(replace(traced, notes=tuple(notes)), costs, names or (), verify))
+
+
+app.command()(worker)
 
 
 def _traced_costs_of(

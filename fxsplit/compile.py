@@ -26,7 +26,9 @@ from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.runtime.built import Built
 from fxsplit.runtime.deferred_batch_norm import check_batch_norms
 from fxsplit.runtime.pipeline import Pipeline
+from fxsplit.runtime.transports import listening
 from fxsplit.runtime.transports import transport as find_transport
+from fxsplit.schedules import Times
 from fxsplit.schedules import schedule as find_schedule
 from fxsplit.trace import ExampleInputs, TracedModel, check_module, check_names, trace
 from fxsplit.trace.call import Arguments
@@ -48,6 +50,8 @@ def compile(
     transport: str = "rpc",
     verify: bool = True,
     deferred_batch_norm: bool = False,
+    listen: str | None = None,
+    token: str | None = None,
 ) -> Pipeline:
     """Splits a model over devices and starts the pipeline that runs it.
 
@@ -66,7 +70,9 @@ def compile(
         chunks: micro-batches that a batch is cut into.
         budget: limits that a plan must keep, and assumptions about the link.
         plan: a saved plan, or the path of one, instead of `cuts`, `compressor`, `chunks` and `schedule`.
-        schedule: the order of work; "gpipe".
+        schedule: the order of work of `pipe.step`: "gpipe"; "1f1b" and "interleaved", which keep no more
+            micro-batches than stages; "zero-bubble"; or "auto", which is made for the times that were measured.
+            A call of the pipeline and the backward of its output are always GPipe.
         transport: "rpc" (worker processes) or "in_process" (threads; for debugging and tests).
         verify: check the traced model against the model itself, bit for bit.
         deferred_batch_norm: batch norm layers update their running statistics once a batch, with those of the
@@ -74,6 +80,10 @@ def compile(
             Each micro-batch is normalised by its own statistics in either case, so outputs and gradients are the
             same. With `chunks=1` the running statistics are the model's, but for the rounding of the last bits.
             SyncBatchNorm is refused.
+        listen: "HOST:PORT" at which the named workers join from other machines, by `fxsplit worker --join`; see
+            docs/security.md. "torchrun": rank 0 is the client, and on every other rank this call is
+            `fxsplit.serve()`. Not given: all workers are processes of this host.
+        token: what they must know; the environment's FXSPLIT_TOKEN if not given, else one is made and printed.
 
     Returns:
         the pipeline: call it as the model.
@@ -89,12 +99,12 @@ def compile(
     placements = parse_devices(devices)
     check_available(placements)
     codecs = Codecs.of(compressor, gradient_compressor, len(placements) - 1)
-    find_schedule(schedule)
     check_chunks(chunks)
+    find_schedule(schedule).orders([p.worker for p in placements], chunks, Times.unit(len(placements)))
     check_names(model, cuts or ())
     if deferred_batch_norm:
         check_batch_norms(model)
-    chosen = find_transport(transport)
+    chosen = find_transport(transport) if listen is None else listening(listen, token, placements, transport)
     _check_shared_devices(placements, transport)
     options: dict[str, Any] = {"cuts": cuts, "chunks": chunks, "schedule": schedule, "budget": budget}
     options |= {"compressor": codecs.forward, "gradient_compressor": codecs.backward}
@@ -155,7 +165,7 @@ class _Builder:
         else:
             traced = trace(self.model, example, cuts=cuts, verify=self.verify)
         for note in traced.notes:
-            warnings.warn(f"{type(self.model).__name__}: {note}", stacklevel=5)
+            warnings.warn(f"{type(self.model).__name__}: {note}", stacklevel=6)
         costs = analyze(traced, example)
         devices = tuple(placement.spelling for placement in self.placements)
         made = self.plan or make_plan(costs, devices, **self.options)

@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fxsplit.errors
-from fxsplit.errors import FxsplitError, GuardError, PipelineError, WorkerError
+from fxsplit.errors import PipelineError, WorkerError
 from fxsplit.planning import Plan
 from fxsplit.runtime import shipping
-from fxsplit.runtime.metrics import LinkTraffic, Metrics, RunReport
+from fxsplit.runtime.failure import raise_failure
+from fxsplit.runtime.loss import Loss
+from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.packet import Key, Packet, pack, unpack
 from fxsplit.runtime.randomness import Randomness, set_states, state_key
+from fxsplit.runtime.report import LinkTraffic, RunReport
+from fxsplit.runtime.scheduler import Scheduler
 from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, Transport, wait, wait_done
-from fxsplit.runtime.worker import Failure, Worker
-from fxsplit.schedules import Action, schedule
+from fxsplit.runtime.worker import Worker
+from fxsplit.schedules import Action, GPipe, Orders
 from fxsplit.split import Boundary, SplitModel
 from fxsplit.stage import CLIENT, Edge, Mode
 from fxsplit.trace.replay import Surroundings
@@ -42,6 +45,7 @@ class Run:
         edges: the edges that bring the outputs.
         needs_gradient: (micro-batch, index of the edge) -> whether that output leads a gradient back.
         inputs: the edges that took inputs away for which the caller wants a gradient, by micro-batch and leaf.
+        outputs_at: the worker that the model's outputs go to: the client's, or the one that makes the loss.
     """
 
     number: int
@@ -50,6 +54,7 @@ class Run:
     edges: tuple[Edge, ...] = ()
     needs_gradient: set[tuple[int, int]] = field(default_factory=set)
     inputs: list[tuple[int, int, Edge]] = field(default_factory=list)
+    outputs_at: str = CLIENT_NAME
 
 
 class Engine:
@@ -85,13 +90,16 @@ class Engine:
 
     def close(self) -> None:
         """Ends all workers. Never hangs; may be called twice."""
+        if self._worker is not None:
+            self._worker.close()
         self._endpoint = self._worker = None
         self._transport.close()
 
     def load(self, split: SplitModel, plan: Plan, canonical: dict[str, str]) -> None:
         """Gives every worker its stages."""
         self._split, self._plan = split, plan
-        self._schedule = schedule(plan.schedule)
+        self.metrics.stage_count = len(plan.workers)
+        self.scheduler = Scheduler(plan)
         modes = split.boundaries.keys()
         guarded = {m for m in modes if any(stage.ports(m).graph.is_guarded for stage in split.stages)}
         futures = {}
@@ -131,7 +139,7 @@ class Engine:
             wait_done(future, lambda: self._check_all(pending))
         results = {worker: self._result(future) for worker, future in futures.items()}
         for result in results.values():
-            _raise_failure(result)
+            raise_failure(result)
         return results
 
     def _result(self, future: Future[Any]) -> Any:
@@ -160,7 +168,7 @@ class Engine:
     def _check_all(self, futures: Iterable[Future[Any]]) -> None:
         for future in futures:
             if future.done() and future.exception() is None:
-                _raise_failure(future.result())
+                raise_failure(future.result())
         self._check()
         for future in futures:
             if future.done():
@@ -185,19 +193,14 @@ class Engine:
         run = Run(next(self._numbers), mode, len(chunks), edges)
         self.flush_discards()
         randomness = Randomness.of_run(self._draws(mode), len(chunks))
-        with self._phase(run, backward=False, grad=grad, randomness=randomness) as phase:
+        with _Phase(self, run, self._halves(forward=True), grad, randomness) as phase:
             for index, edge in boundary.inputs:
                 for m, leaves in enumerate(chunks):
                     self._feed(run, edge, m, leaves[index], backward=False)
                     if grad and leaves[index].requires_grad:
                         run.inputs.append((m, index, edge))
             phase.run_locally()
-            outputs = [
-                [self._collect(run, i, m, phase.check) for i in range(len(edges))] for m in range(len(chunks))
-            ]
-            if randomness is not None and randomness.seed is None:
-                last = state_key(run.number, len(self._plan.workers) - 1)
-                set_states(self._take(last, phase.check).payload, self._device())
+            outputs = self._collect_all(run, phase, randomness)
         self.metrics.calls += 1
         self.metrics.total_s += time.perf_counter() - start
         return run, outputs
@@ -214,7 +217,7 @@ class Engine:
         """
         start = time.perf_counter()
         self.backwards += 1
-        with self._phase(run, backward=True, grad=True) as phase:
+        with _Phase(self, run, self._halves(forward=False), grad=True) as phase:
             for m, of_edges in enumerate(gradients):
                 for i, (edge, gradient) in enumerate(zip(run.edges, of_edges, strict=True)):
                     if (m, i) in run.needs_gradient:
@@ -230,6 +233,37 @@ class Engine:
         self.metrics.total_s += time.perf_counter() - start
         return found
 
+    def step(self, chunks: Sequence[Sequence[Tensor]], mode: Mode, loss: Loss) -> tuple[Tensor, list[list[Any]]]:
+        """Runs a whole training step in the order of the plan's schedule.
+
+        Args:
+            chunks: the tensor inputs of the model, by micro-batch.
+            mode: what runs.
+            loss: what is made of the outputs.
+
+        Returns:
+            the loss of the batch, and the values of the output edges by micro-batch.
+        """
+        start = time.perf_counter()
+        boundary = self._boundary(mode)
+        run = Run(next(self._numbers), mode, len(chunks), loss.edges, outputs_at=loss.worker)
+        self.flush_discards()
+        self.backwards += 1
+        randomness = Randomness.of_run(self._draws(mode), len(chunks))
+        outputs: list[list[Any]] = []
+        with _Phase(self, run, self.scheduler.orders(), True, randomness, loss) as phase:
+            for index, edge in boundary.inputs:
+                for m, leaves in enumerate(chunks):
+                    self._feed(run, edge, m, leaves[index].detach(), backward=False)
+            phase.run_locally()
+            if loss.returns_outputs:
+                outputs = self._collect_all(run, phase, randomness)
+        self.scheduler.observe(span for report in phase.reports for span in report.spans)
+        self.metrics.calls += 1
+        self.metrics.total_s += time.perf_counter() - start
+        losses = [value.to(self._device()) for report in phase.reports for value in report.losses]
+        return sum(losses[1:], losses[0]), outputs  # in the order of the micro-batches, as a loop would
+
     def discard(self, number: int, undo: bool = False) -> None:
         """Notes that a run's backward will not come; the workers are told with the next run."""
         self._discards.append((number, undo))
@@ -241,6 +275,10 @@ class Engine:
             told = [self._call(worker, "discard", *discard) for worker in (*self.remote, CLIENT_NAME)]
             if discard[1]:  # before anyone reads or loads the buffers that are put back
                 wait_all(told, timeout=_ABORT_WAIT_S)
+
+    def output_edges(self, mode: Mode) -> tuple[Any, ...]:
+        """The leaves of the model's output: the edge that brings each, or the value itself."""
+        return self._boundary(mode).outputs
 
     def output_leaves(self, mode: Mode, values: Sequence[Any]) -> list[Any]:
         """The leaves of the model's output from the values of the output edges."""
@@ -258,19 +296,25 @@ class Engine:
         assert self._split is not None
         return any(stage.ports(mode).draws_random_numbers for stage in self._split.stages)
 
-    def _phase(self, run: Run, backward: bool, grad: bool, randomness: Randomness | None = None) -> _Phase:
-        return _Phase(self, run, backward, grad, randomness)
+    def _halves(self, forward: bool) -> Orders:
+        """GPipe's forwards, or its backwards: what is run when the loss is the caller's."""
+        orders = GPipe().orders(self._plan.workers, self._plan.chunks, self.scheduler.times)
+        return {worker: [a for a in actions if a.is_forward == forward] for worker, actions in orders.items()}
 
-    def _actions(self, worker: str, run: Run, backward: bool) -> list[Action]:
-        stages = [i for i, name in enumerate(self._plan.workers) if name == worker]
-        actions = self._schedule.actions(stages, len(self._plan.workers), run.chunks)
-        return [action for action in actions if action.backward == backward]
+    def _collect_all(self, run: Run, phase: _Phase, randomness: Randomness | None) -> list[list[Any]]:
+        """The values of the output edges by micro-batch; the generators go on where the last stage left them."""
+        edges = range(len(run.edges))
+        outputs = [[self._collect(run, i, m, phase.check) for i in edges] for m in range(run.chunks)]
+        if randomness is not None and randomness.seed is None:
+            last = state_key(run.number, len(self._plan.workers) - 1)
+            set_states(self._take(last, phase.check).payload, self._device())
+        return outputs
 
     def _feed(self, run: Run, edge: Edge, micro_batch: int, value: Any, backward: bool) -> None:
         """Sends an input to the stage that uses it, or a gradient to the one that made the output."""
         key = Key(run.number, edge.value, edge.source, edge.target, micro_batch, backward)
         stage = edge.source if backward else edge.target
-        to = CLIENT_NAME if stage in (CLIENT, len(self._plan.workers)) else self._plan.workers[stage]
+        to = CLIENT_NAME if stage == CLIENT else (*self._plan.workers, run.outputs_at)[stage]
         packet = pack(value, edge, key)
         endpoint = self._open()
         if to == CLIENT_NAME:
@@ -299,35 +343,48 @@ class Engine:
 
 
 class _Phase:
-    """All workers run their forwards, or their backwards, of one run; if one fails, the others give up."""
+    """All workers do their part of a run's orders; if one fails, the others give up."""
 
     def __init__(
-        self, engine: Engine, run: Run, backward: bool, grad: bool, randomness: Randomness | None
+        self,
+        engine: Engine,
+        run: Run,
+        orders: Orders,
+        grad: bool,
+        randomness: Randomness | None = None,
+        loss: Loss | None = None,
     ) -> None:
+        self.reports: list[RunReport] = []
         self._engine = engine
         self._run = run
-        self._backward = backward
+        self._orders = orders
         self._arguments = (run.mode, replace(Surroundings.current(), grad=grad), randomness)
+        self._loss = loss
         self._futures: dict[str, Future[Any]] = {}
 
     def __enter__(self) -> _Phase:
         engine, run = self._engine, self._run
         engine._open()
         for worker in engine.remote:
-            actions = engine._actions(worker, run, self._backward)
-            self._futures[worker] = engine._call(worker, "run", run.number, actions, *self._arguments)
+            actions = list(self._orders.get(worker, ()))
+            loss = None if self._loss is None else shipping.dump(self._loss.as_seen_by(worker))
+            self._futures[worker] = engine._call(worker, "run", run.number, actions, *self._arguments, loss)
         return self
 
     def run_locally(self) -> None:
         """The client's own stages, in this thread."""
         worker = self._engine._worker
         assert worker is not None
-        actions = self._engine._actions(CLIENT_NAME, self._run, self._backward)
+        actions: list[Action] = list(self._orders.get(CLIENT_NAME, ()))
         worker.check = self.check
-        result = worker.execute("run", (self._run.number, actions, *self._arguments))
+        result = worker.execute("run", (self._run.number, actions, *self._arguments, self._loss))
         self.check()  # what failed elsewhere is the cause of what fails here
-        _raise_failure(result)
-        self._engine.metrics.add(result)
+        raise_failure(result)
+        self._add(result)
+
+    def _add(self, report: RunReport) -> None:
+        self.reports.append(report)
+        self._engine.metrics.add(report)
 
     def check(self) -> None:
         """Raises if a worker has failed or is lost."""
@@ -338,7 +395,7 @@ class _Phase:
         if error is None:
             for report in engine._gather(self._futures).values():
                 if isinstance(report, RunReport):
-                    engine.metrics.add(report)
+                    self._add(report)
             return
         if engine._endpoint is None or engine._transport.lost():
             return
@@ -349,24 +406,3 @@ class _Phase:
         wait_all(self._futures.values(), timeout=_ABORT_WAIT_S)
         engine.discard(number, undo=True)
         engine.flush_discards()
-
-
-def _raise_failure(result: Any) -> None:
-    """Raises what happened on a worker as an error of the client."""
-    if not isinstance(result, Failure):
-        return
-    place = f"worker {result.worker}, {result.place}"
-    if result.details is not None:
-        details = dict(result.details)
-        kind = getattr(fxsplit.errors, result.kind, FxsplitError)
-        own = details.pop("where")
-        what = details.pop("what") or ""
-        error = kind(what, where=f"{place}; {own}" if own else place, **details)
-        if isinstance(error, GuardError):
-            error.micro_batch = result.micro_batch
-        raise error
-    raise WorkerError(
-        f"{result.kind} on worker {result.worker}: {result.message}",
-        where=place,
-        hint=f"the traceback of the worker:\n{result.traceback}",
-    )

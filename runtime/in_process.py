@@ -100,3 +100,4 @@ def _serve(endpoint: _InProcessEndpoint, threads: int) -> None:
         command, arguments, result = item
         result.set_result(worker.execute(command, arguments))
         del item, arguments, result  # the queue may be idle for long: hold nothing
+    worker.close()

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class WorkerSettings:
         world_size: members of the group.
         store: path of the file by which the group meets.
         threads: threads for one operation; the client's number, since it can change the last bits of results.
+        join: address at which it joins instead; the session and the two numbers are told there.
+        token: for joining.
     """
 
     name: str
@@ -30,6 +32,8 @@ class WorkerSettings:
     world_size: int
     store: str
     threads: int
+    join: str = ""
+    token: str = field(default="", repr=False)
 
     def to_json(self) -> str:
         """One line of JSON."""

@@ -1,81 +1,70 @@
-"""What was measured: bytes of every link and seconds of every worker, always on."""
+"""What was measured: bytes and seconds of every link, worker and stage, always on."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections import deque
+from dataclasses import dataclass, field, fields
 
+from rich.console import Group
 from rich.table import Table
 
 from fxsplit.planning.units import format_bytes, format_seconds
+from fxsplit.runtime.report import LinkTraffic, RunReport, Span
 
+KEPT_REPORTS = 256
+"""Reports whose spans are kept for a trace: one a worker and phase."""
 
-@dataclass(frozen=True)
-class LinkTraffic:
-    """Bytes that one worker sent to another.
-
-    Attributes:
-        source: the sending worker.
-        target: the receiving worker.
-        backward: gradients, or values.
-        raw_bytes: before compression.
-        wire_bytes: as sent.
-        packets: how many packets they were.
-    """
-
-    source: str
-    target: str
-    backward: bool
-    raw_bytes: int
-    wire_bytes: int
-    packets: int
-
-    def __add__(self, other: LinkTraffic) -> LinkTraffic:
-        return replace(
-            self,
-            raw_bytes=self.raw_bytes + other.raw_bytes,
-            wire_bytes=self.wire_bytes + other.wire_bytes,
-            packets=self.packets + other.packets,
-        )
-
-
-@dataclass
-class RunReport:
-    """What one worker measured in one phase of a step, in seconds of its own clock."""
-
-    worker: str
-    compute_s: float = 0.0
-    encode_s: float = 0.0
-    decode_s: float = 0.0
-    wait_s: float = 0.0
-    traffic: dict[tuple[str, bool], LinkTraffic] = field(default_factory=dict)
-
-    @contextmanager
-    def timing(self, what: str) -> Iterator[None]:
-        """Adds the time spent inside to one of the attributes."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, what, getattr(self, what) + time.perf_counter() - start)
-
-    def add_traffic(self, traffic: LinkTraffic) -> None:
-        """Counts a packet."""
-        key = traffic.target, traffic.backward
-        known = self.traffic.get(key)
-        self.traffic[key] = traffic if known is None else known + traffic
+_WORK = frozenset("FBIW") | {"loss"}
 
 
 @dataclass(frozen=True)
 class WorkerTime:
-    """Seconds of one worker, over all steps: computing, coding, and waiting for packets."""
+    """Seconds of one worker, or stage, over all steps: computing, coding, and waiting for packets."""
 
     compute_s: float = 0.0
     encode_s: float = 0.0
     decode_s: float = 0.0
     wait_s: float = 0.0
+
+    def __add__(self, other: WorkerTime) -> WorkerTime:
+        return WorkerTime(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of the thread that computes."""
+        return self.compute_s
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """What one direction between two workers carried, over all steps.
+
+    Attributes:
+        wire_bytes: as sent, values and gradients.
+        busy_s: seconds that a packet was on its way.
+        peak_bytes_per_s: of the fastest packet of at least `COUNTED_BYTES`.
+    """
+
+    COUNTED_BYTES = 1 << 10
+
+    wire_bytes: int = 0
+    busy_s: float = 0.0
+    peak_bytes_per_s: float = 0.0
+
+    def __add__(self, other: Bandwidth) -> Bandwidth:
+        peak = max(self.peak_bytes_per_s, other.peak_bytes_per_s)
+        return Bandwidth(self.wire_bytes + other.wire_bytes, self.busy_s + other.busy_s, peak)
+
+    @classmethod
+    def of(cls, span: Span) -> Bandwidth:
+        """Of one packet."""
+        is_counted = span.wire_bytes >= cls.COUNTED_BYTES and span.seconds > 0
+        return cls(span.wire_bytes, span.seconds, span.wire_bytes / span.seconds if is_counted else 0.0)
+
+    @property
+    def busy_bytes_per_s(self) -> float:
+        """Bytes over the seconds in which a packet was on its way."""
+        return self.wire_bytes / self.busy_s if self.busy_s else 0.0
 
 
 @dataclass
@@ -83,36 +72,57 @@ class Metrics:
     """Sums over the steps since the pipeline began, or since `reset()`.
 
     Attributes:
-        calls: calls of the pipeline.
+        calls: calls of the pipeline, and steps: batches.
         samples: samples in them.
         total_s: wall-clock seconds of the client in forward and backward.
         workers: seconds by worker.
+        stages: seconds by stage; what is encoded counts for the stage that sends it.
         links: bytes by (source, target, backward).
+        bandwidths: by (source, target): values and gradients that go this way.
+        peak_memory_bytes: by worker: the most that its CUDA devices' memory, or else its process, has held.
+        stage_count: of the pipeline.
+        reports: the latest, for `Pipeline.trace`.
     """
 
     calls: int = 0
     samples: int = 0
     total_s: float = 0.0
     workers: dict[str, WorkerTime] = field(default_factory=dict)
+    stages: dict[int, WorkerTime] = field(default_factory=dict)
     links: dict[tuple[str, str, bool], LinkTraffic] = field(default_factory=dict)
+    bandwidths: dict[tuple[str, str], Bandwidth] = field(default_factory=dict)
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    stage_count: int = 0
+    reports: deque[tuple[str, list[Span]]] = field(default_factory=lambda: deque(maxlen=KEPT_REPORTS))
 
     def reset(self) -> None:
         """Begins again at zero."""
         self.calls, self.samples, self.total_s = 0, 0, 0.0
-        self.workers.clear()
-        self.links.clear()
+        for sums in (self.workers, self.stages, self.links, self.bandwidths, self.peak_memory_bytes, self.reports):
+            sums.clear()
 
     def add(self, report: RunReport) -> None:
         """Adds what a worker measured."""
-        known = self.workers.get(report.worker, WorkerTime())
-        self.workers[report.worker] = WorkerTime(
-            known.compute_s + report.compute_s,
-            known.encode_s + report.encode_s,
-            known.decode_s + report.decode_s,
-            known.wait_s + report.wait_s,
-        )
+        own = WorkerTime(report.compute_s, report.encode_s, report.decode_s, report.wait_s)
+        self.workers[report.worker] = self.workers.get(report.worker, WorkerTime()) + own
+        known = self.peak_memory_bytes.get(report.worker, 0)
+        self.peak_memory_bytes[report.worker] = max(known, report.peak_memory_bytes)
         for traffic in report.traffic.values():
             self.add_traffic(traffic)
+        for span in report.spans:
+            if span.kind == "send":
+                link = report.worker, span.peer
+                self.bandwidths[link] = self.bandwidths.get(link, Bandwidth()) + Bandwidth.of(span)
+            else:
+                self._add_to_stage(span)
+        self.reports.append((report.worker, report.spans))
+
+    def _add_to_stage(self, span: Span) -> None:
+        stage = span.target if span.kind == "decode" else span.source
+        if not 0 <= stage < self.stage_count:
+            return  # inputs and outputs of the model
+        what = "compute_s" if span.kind in _WORK else f"{span.kind}_s"
+        self.stages[stage] = self.stages.get(stage, WorkerTime()) + WorkerTime(**{what: span.seconds})
 
     def add_traffic(self, traffic: LinkTraffic) -> None:
         """Adds bytes of a link."""
@@ -137,14 +147,38 @@ class Metrics:
 
     @property
     def compute_s(self) -> float:
-        """Seconds that all workers computed, together."""
+        """Seconds that all workers computed, together: the computation time."""
         return sum(worker.compute_s for worker in self.workers.values())
 
-    def __rich__(self) -> Table:
-        table = Table(title=f"{self.calls} calls, {self.samples} samples, {format_seconds(self.total_s)}")
-        for column in ("link", "carries", "raw", "wire", "ratio", "packets"):
+    @property
+    def batch_s(self) -> float:
+        """Wall-clock seconds of a batch."""
+        return self.total_s / self.calls if self.calls else 0.0
+
+    @property
+    def samples_per_s(self) -> float:
+        """Throughput."""
+        return self.samples / self.total_s if self.total_s else 0.0
+
+    def average_bytes_per_s(self, source: str, target: str) -> float:
+        """Average bandwidth from one worker to another: bytes sent over the computation time of all workers."""
+        sent = sum(link.wire_bytes for (s, t, _), link in self.links.items() if (s, t) == (source, target))
+        return sent / self.compute_s if self.compute_s else 0.0
+
+    def bubble_share(self, worker: str) -> float:
+        """The share of the total time in which a worker did not compute."""
+        return 1.0 - min(1.0, self.workers[worker].compute_s / self.total_s) if self.total_s else 0.0
+
+    def __rich__(self) -> Group:
+        return Group(self._link_table(), self._worker_table())
+
+    def _link_table(self) -> Table:
+        rate = f", {self.samples_per_s:.1f} samples/s" if self.total_s else ""
+        table = Table(title=f"{self.calls} calls, {self.samples} samples, {format_seconds(self.total_s)}{rate}")
+        for column in ("link", "carries", "raw", "wire", "ratio", "packets", "average/s", "peak/s"):
             table.add_column(column, justify="left" if column in ("link", "carries") else "right")
         for (source, target, backward), link in sorted(self.links.items()):
+            peak = self.bandwidths.get((source, target), Bandwidth()).peak_bytes_per_s
             table.add_row(
                 f"{source} -> {target}",
                 "gradients" if backward else "values",
@@ -152,5 +186,23 @@ class Metrics:
                 format_bytes(link.wire_bytes),
                 f"{link.wire_bytes / link.raw_bytes:.3f}" if link.raw_bytes else "-",
                 str(link.packets),
+                format_bytes(int(self.average_bytes_per_s(source, target))),
+                format_bytes(int(peak)) if peak else "-",
+            )
+        return table
+
+    def _worker_table(self) -> Table:
+        table = Table()
+        for column in ("worker", "compute", "waiting", "encode", "decode", "bubble", "peak memory"):
+            table.add_column(column, justify="left" if column == "worker" else "right")
+        stages = [(f"  stage {stage}", time) for stage, time in sorted(self.stages.items())]
+        for name, time in [*self.workers.items(), *stages]:
+            is_worker = name in self.workers
+            seconds = (time.compute_s, time.wait_s, time.encode_s, time.decode_s)
+            table.add_row(
+                name,
+                *(format_seconds(value) for value in seconds),
+                f"{self.bubble_share(name):.0%}" if is_worker else "",
+                format_bytes(self.peak_memory_bytes.get(name, 0)) if is_worker else "",
             )
         return table

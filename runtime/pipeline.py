@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from fxsplit.compressors.inserted import is_inserted
-from fxsplit.errors import GuardError, InputError, PipelineError, nearest
+from fxsplit.errors import GuardError, InputError, PipelineError
 from fxsplit.planning import Placement, Plan
+from fxsplit.runtime import timeline
 from fxsplit.runtime.autograd import differentiable_forward
 from fxsplit.runtime.batches import check_batch, cut_batch
-from fxsplit.runtime.built import Builder, Built, WorkerInfo
+from fxsplit.runtime.built import Builder, Built, WorkerInfo, worker_infos
 from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.gradients import Gradients
 from fxsplit.runtime.homes import canonical_names, homes_of
 from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.optimizer import ParameterHandle, PipelineOptimizer
-from fxsplit.runtime.training_state import TrainingState
+from fxsplit.runtime.steps import StepRequest, StepResult
+from fxsplit.runtime.training_state import TrainingState, check_keys, on_cpu
 from fxsplit.runtime.transport import Transport
 from fxsplit.runtime.warm_up import warm_up
+from fxsplit.runtime.ways import MAX_VARIANTS, no_way, too_many_ways
 from fxsplit.split import SplitModel, split
 from fxsplit.stage import Mode
 from fxsplit.trace.call import Arguments, CallLayout, ExampleInputs, batch_size
 from fxsplit.trace.traced import TracedModel, mode_name
 from fxsplit.trace.verify import keeping_modes
-
-MAX_VARIANTS = 16
-"""Recordings of one model: more than these mean that it decides on the data of nearly every batch."""
 
 
 class Pipeline:
@@ -98,8 +100,53 @@ class Pipeline:
                 client's; or the call differs from the compiled one.
             WorkerError: a worker failed or was lost.
         """
+        return self._dispatch(Arguments(args, kwargs), self._run)
+
+    def step(
+        self,
+        *args: Any,
+        target: Any = None,
+        loss_fn: Callable[..., Any],
+        reduction: Literal["mean", "sum"] | None = None,
+        return_output: bool = True,
+        **kwargs: Any,
+    ) -> StepResult:
+        """Runs a whole training step, forward, loss and backward, in the order of the pipeline's schedule.
+
+        Gradients are those of `(loss_fn(model(x), y) * share).backward()` for one micro-batch after another, with
+        its share of the samples: bit for bit, whatever the schedule. A step that fails leaves all as it was.
+
+        Args:
+            *args: inputs of the model.
+            target: a tensor, or a tuple, list or dict of them, cut along dimension 0 with the batch.
+            loss_fn: called with a micro-batch's output and target (or output alone, if there is none) where the
+                last stage is, to which both are sent.
+            reduction: of the loss over samples; its own attribute `reduction` if not given, else "mean".
+            return_output: whether the outputs are brought to the client.
+            **kwargs: inputs of the model.
+
+        Returns:
+            the loss of the batch and the model's output, both without a graph.
+
+        Raises:
+            InputError: the loss is no scalar, the target has another length, or as in a call.
+            WorkerError: a worker failed or was lost.
+        """
+        workers = tuple(placement.worker for placement in self._placements)
+        request = StepRequest(target, loss_fn, reduction, return_output, workers)
+
+        def run(number: int, leaves: Sequence[Any]) -> StepResult:
+            layout = self._variants[number].rewritten.graph(self.training).output
+            return request.run(self._engine, layout, leaves, Mode(number, self.training), self._chunks)
+
         self._require_open()
-        arguments = Arguments(args, kwargs)
+        request.check(pytree.tree_leaves((args, kwargs)))
+        result: StepResult = self._dispatch(Arguments(args, kwargs), run)
+        return result
+
+    def _dispatch(self, arguments: Arguments, run: Callable[[int, Sequence[Any]], Any]) -> Any:
+        """Runs a batch with one of the recorded graphs, recording another if none is for it."""
+        self._require_open()
         check_batch(arguments, torch.device(self._placements[0].device), self._chunks)
         call, leaves = CallLayout.of(self._model, arguments)
         numbers = [
@@ -113,28 +160,16 @@ class Pipeline:
         random_state = torch.get_rng_state()
         for number in reversed(numbers):
             try:
-                return self._run(number, leaves)
+                return run(number, leaves)
             except GuardError as error:
                 refusal = error
                 torch.set_rng_state(random_state)
         tensors = cut_batch(leaves, batch_size(leaves), self._chunks)[refusal.micro_batch or 0]
         number = self._add_variant(Arguments(*call.arguments(tensors)), f"of {refusal.where}", exact=True)
         try:
-            return self._run(number, leaves)
+            return run(number, leaves)
         except GuardError as error:
-            if self._chunks == 1:
-                raise PipelineError(
-                    "the model's way through itself depends on more than its inputs",
-                    where=error.where,
-                    found=f"{error.found} after {error.allowed} on the same batch",
-                    hint="switch off what chooses at random (layerdrop, say), or cut outside the module that does",
-                ) from error
-            raise PipelineError(
-                "the micro-batches of one batch take different ways through the model",
-                where=error.where,
-                found=f"{error.found} where another micro-batch has {error.allowed}",
-                hint="compile with chunks=1, or take the decision on data out of the model's forward",
-            ) from error
+            raise no_way(error, self._chunks) from error
 
     def _run(self, number: int, leaves: Sequence[Any]) -> Any:
         """One batch through one of the recorded graphs."""
@@ -159,13 +194,8 @@ class Pipeline:
             self._load([self._builder(arguments, None, False)])
             return 0
         if len(self._variants) >= MAX_VARIANTS:
-            raise PipelineError(
-                f"{self._name} needs another graph for nearly every batch",
-                found=f"{len(self._variants)} recordings; the last because {reason}",
-                allowed=f"at most {MAX_VARIANTS}",
-                hint="take the decision on data out of the model's forward, or keep it inside one module",
-            )
-        warnings.warn(f"{self._name} is traced again, because {reason}", stacklevel=3)
+            raise too_many_ways(self._name, len(self._variants), reason)
+        warnings.warn(f"{self._name} is traced again, because {reason}", stacklevel=4)
         self._engine.flush_discards()
         with self._present_state() as state:
             self._load([*self._variants, self._builder(arguments, self._variants[0].plan, exact)], state)
@@ -298,7 +328,7 @@ class Pipeline:
         """The model's whole state_dict, under its own names, on the CPU."""
         self._require_open()
         if not self._variants:
-            return OrderedDict((name, _copied(value)) for name, value in self._model.state_dict().items())
+            return OrderedDict((name, on_cpu(value)) for name, value in self._model.state_dict().items())
         merged: dict[str, Any] = {}
         for state in self._engine.broadcast("state").values():
             for name, value in state.items():
@@ -312,14 +342,7 @@ class Pipeline:
             PipelineError: keys are missing or not the model's, or a shape differs.
         """
         self._require_built("load_state_dict")
-        missing = [key for key in self._state_keys if key not in state_dict]
-        unknown = [key for key in state_dict if key not in self._state_keys]
-        if missing or unknown:
-            raise PipelineError(
-                "the state_dict is not this model's",
-                found=f"missing: {', '.join(missing[:5]) or 'none'}; unknown: {', '.join(unknown[:5]) or 'none'}",
-                hint=f"nearest to the first: {nearest((unknown or missing)[0], self._state_keys)}",
-            )
+        check_keys(state_dict, self._state_keys)
         self._engine.broadcast("load_state", dict(state_dict))
 
     # ------------------------------------------------------------------ looking at it
@@ -339,17 +362,21 @@ class Pipeline:
         """What was measured so far."""
         return self._engine.metrics
 
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes what the latest steps really did and when, for https://ui.perfetto.dev: workers, codecs, links.
+
+        Raises:
+            PipelineError: no step was run yet, or the file cannot be written.
+        """
+        self._require_built("trace")
+        clocks = timeline.clock_offsets_s(self._engine.remote, lambda worker: self._engine.call(worker, "clock"))
+        timeline.write(path, timeline.events(self.metrics.reports, clocks))
+
     @property
     def workers(self) -> tuple[WorkerInfo, ...]:
         """All workers, the client first."""
         self._require_open()
-        devices: dict[str, list[str]] = {}
-        for placement in self._placements:
-            known = devices.setdefault(placement.worker, [])
-            if placement.device not in known:
-                known.append(placement.device)
-        places = self._engine.describe()
-        return tuple(WorkerInfo(name, ", ".join(d), *places[name]) for name, d in devices.items())
+        return worker_infos(self._placements, self._engine.describe())
 
     def __repr__(self) -> str:
         if not self._finalizer.alive:
@@ -360,8 +387,6 @@ class Pipeline:
             state = f"cuts {', '.join(self._variants[0].plan.cut_names) or 'none'}"
         devices = ", ".join(placement.spelling for placement in self._placements)
         return f"Pipeline({self._name} over [{devices}], {self._chunks} chunks, {state})"
-
-    # ------------------------------------------------------------------ end
 
     def close(self) -> None:
         """Ends all workers. Never hangs; may be called twice."""
@@ -392,7 +417,3 @@ class Pipeline:
                 hint="give example_inputs= to compile, or call the pipeline first",
             )
         return self._variants[0]
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value

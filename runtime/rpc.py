@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,16 +21,20 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore, Store
+from torch._C._distributed_rpc import TensorPipeAgent
 from torch.distributed import autograd as dist_autograd
 from torch.distributed import rpc
 
 from fxsplit.errors import PipelineError, WorkerError
+from fxsplit.runtime.gate import Gate
+from fxsplit.runtime.handshake import interface_of
 from fxsplit.runtime.launch import WorkerProcess, WorkerSettings
 from fxsplit.runtime.packet import Key, Packet
 from fxsplit.runtime.transport import CLIENT_NAME, CommandHandler, Endpoint, Mailbox
 
 START_TIMEOUT_S = 60.0
-_LOOPBACK = "lo" if sys.platform.startswith("linux") else "lo0"
+JOIN_TIMEOUT_S = float(os.environ.get("FXSPLIT_JOIN_TIMEOUT_S", "300"))
+LOOPBACK = "lo" if sys.platform.startswith("linux") else "lo0"
 
 _endpoint: RpcEndpoint | None = None
 """This process's end: `torch.distributed.rpc` is one to a process, and calls functions, not methods."""
@@ -75,8 +79,8 @@ class RpcEndpoint:
         self.handler = handler
         self._session = session
 
-    def join(self, store: Store, rank: int, world_size: int) -> None:
-        """Becomes a member of the RPC group; returns when all are there."""
+    def join(self, store: Store, rank: int, world_size: int, interface: str = LOOPBACK) -> None:
+        """Becomes a member of the RPC group, listening on one interface; returns when all are there."""
         global _endpoint
         _endpoint = self
         # Sockets alone: the shared memory transport polls with a thread that is never idle, in every process, and
@@ -84,14 +88,19 @@ class RpcEndpoint:
         options = rpc.TensorPipeRpcBackendOptions(
             num_worker_threads=8, rpc_timeout=0, _transports=["uv"], _channels=["basic"]
         )
-        with warnings.catch_warnings(), _environment(TP_SOCKET_IFNAME=_LOOPBACK):
+        with warnings.catch_warnings(), _environment(TP_SOCKET_IFNAME=interface):
             warnings.simplefilter("ignore")  # torch warns of its own use of a deprecated function at each start
             dist_autograd._init(rank)  # type: ignore[attr-defined]
             # Not init_rpc: it prefixes the store with a counter that differs between a client with its second
-            # pipeline and a fresh worker, and then waits for ever.
-            backend = rpc.BackendType.TENSORPIPE  # type: ignore[attr-defined]
+            # pipeline and a fresh worker, and makes a process group of gloo, which waits for ever for a peer that
+            # has died.
             address = self._address(self.name)
-            rpc._init_rpc_backend(backend, store, address, rank, world_size, options)
+            agent = TensorPipeAgent(store, address, rank, world_size, options, {}, [])
+            rpc.api._init_rpc_states(agent)
+        for word in ("member", "ready to go"):  # twice: the client's store ends with this call
+            store.set(f"{word}/{rank}", "1")
+            if word == "member" or rank == 0:
+                store.wait([f"{word}/{other}" for other in range(world_size)])
 
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Hands the packet to TensorPipe, which sends it in the background."""
@@ -167,21 +176,34 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 class Rpc:
-    """Worker processes on this host, started by `python -m fxsplit.runtime.worker_main`.
+    """Worker processes, connected by TensorPipe.
 
-    They meet in a private temporary folder, so that no port listens for them, and TensorPipe is bound to the
-    loopback interface. A worker ends when the client's process does, however that ends.
+    Those of this host are started by `python -m fxsplit.runtime.worker_main`; they meet in a private temporary
+    folder, so that no port listens for them, and TensorPipe is bound to the loopback interface. With `listen`,
+    workers of other machines are waited for instead, and TensorPipe is bound to the interface that they reach. A
+    worker ends when the client's process does, however that ends.
+
+    Args:
+        listen: "HOST:PORT" at which named workers join; None: all are started here.
+        token: what they must know.
+        joining: the devices of each worker that joins, by name.
     """
 
     name = "rpc"
 
-    def __init__(self) -> None:
+    def __init__(
+        self, listen: str | None = None, token: str = "", joining: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        self._listen = listen
+        self._token = token
+        self._joining = dict(joining or {})
         self._processes: list[WorkerProcess] = []
+        self._gate: Gate | None = None
         self._endpoint: RpcEndpoint | None = None
         self._closed = threading.Event()
 
     def start(self, workers: Sequence[str], handler: CommandHandler) -> Endpoint:
-        """Starts one process a worker, and joins the group with them."""
+        """Starts one process a worker, or waits for it, and joins the group with them."""
         if _endpoint is not None:
             raise PipelineError(
                 "this process has an open pipeline already",
@@ -190,6 +212,18 @@ class Rpc:
                 hint='close the first one (pipe.close()), or use transport="in_process"',
             )
         session = os.urandom(4).hex()
+        try:
+            self._endpoint = RpcEndpoint(CLIENT_NAME, session, handler)
+            if self._listen is None:
+                self._start_here(workers, session, self._endpoint)
+            else:
+                self._let_in(workers, session, self._endpoint)
+        except BaseException:
+            self.close()
+            raise
+        return self._endpoint
+
+    def _start_here(self, workers: Sequence[str], session: str, endpoint: RpcEndpoint) -> None:
         folder = tempfile.mkdtemp(prefix="fxsplit-")  # readable by this user alone
         try:
             path = os.path.join(folder, "store")
@@ -199,14 +233,28 @@ class Rpc:
                 settings = WorkerSettings(name, session, rank, len(workers) + 1, path, torch.get_num_threads())
                 self._processes.append(WorkerProcess(settings))
             self._await_ready(store)
-            self._endpoint = RpcEndpoint(CLIENT_NAME, session, handler)
-            self._endpoint.join(store, 0, len(workers) + 1)
-        except BaseException:
-            self.close()
-            raise
+            endpoint.join(store, 0, len(workers) + 1)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        return self._endpoint
+
+    def _let_in(self, workers: Sequence[str], session: str, endpoint: RpcEndpoint) -> None:
+        """Workers with a name join from where they are; the others are started here and join, too."""
+        assert self._listen is not None
+        wanted = {name: self._joining.get(name, ()) for name in workers}
+        self._gate = Gate(self._listen, self._token, wanted, session, torch.get_num_threads())
+        for name in workers:
+            if name not in self._joining:
+                settings = WorkerSettings(
+                    name, session, 0, 0, "", torch.get_num_threads(), join=self._listen, token=self._token
+                )
+                self._processes.append(WorkerProcess(settings))
+        self._gate.await_all(JOIN_TIMEOUT_S, self._check_processes)
+        address = self._gate.members[workers[0]].address if workers else "127.0.0.1"
+        endpoint.join(self._gate.store, 0, len(workers) + 1, interface_of(address))
+
+    def _check_processes(self) -> None:
+        if reason := self._lost_process():
+            raise WorkerError(f"a worker did not start: {reason}", hint="its own message is above")
 
     def _await_ready(self, store: Store) -> None:
         end = time.monotonic() + START_TIMEOUT_S
@@ -225,11 +273,18 @@ class Rpc:
 
     def describe(self) -> dict[str, tuple[str, int]]:
         """Host and process id of each worker, the client's included."""
-        pids = {process.settings.name: process.pid for process in self._processes}
-        return {name: (socket.gethostname(), pid) for name, pid in {CLIENT_NAME: os.getpid(), **pids}.items()}
+        here = socket.gethostname()
+        places = {CLIENT_NAME: (here, os.getpid())}
+        places |= {process.settings.name: (here, process.pid) for process in self._processes}
+        if self._gate is not None:
+            places |= {n: (m.identity.host, m.identity.pid) for n, m in self._gate.members.items()}
+        return places
 
     def lost(self) -> str | None:
-        """The first worker whose process has ended."""
+        """The first worker whose process, or connection, has ended."""
+        return self._lost_process() or (self._gate.lost() if self._gate is not None else None)
+
+    def _lost_process(self) -> str | None:
         for process in self._processes:
             if (ending := process.ending()) is not None:
                 return f"worker {process.settings.name} (process {process.pid}) {ending}"
@@ -242,6 +297,8 @@ class Rpc:
         self._closed.set()
         if self._endpoint is not None:
             self._endpoint.close()
+        if self._gate is not None:
+            self._gate.close()
         for process in self._processes:
             process.hang_up()
         for process in self._processes:

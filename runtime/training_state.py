@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from fxsplit.errors import PipelineError, nearest
 from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.gradients import Gradients
 from fxsplit.runtime.optimizer import PipelineOptimizer
@@ -40,3 +41,24 @@ class TrainingState:
         for optimizer, state in self.optimizers:
             optimizer.is_created = False
             optimizer.load_state_dict(state)
+
+
+def check_keys(state_dict: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Refuses a state_dict with other keys.
+
+    Raises:
+        PipelineError: names what is missing and what is unknown.
+    """
+    missing = [key for key in keys if key not in state_dict]
+    unknown = [key for key in state_dict if key not in keys]
+    if missing or unknown:
+        raise PipelineError(
+            "the state_dict is not this model's",
+            found=f"missing: {', '.join(missing[:5]) or 'none'}; unknown: {', '.join(unknown[:5]) or 'none'}",
+            hint=f"nearest to the first: {nearest((unknown or missing)[0], keys)}",
+        )
+
+
+def on_cpu(value: Any) -> Any:
+    """A copy of a tensor on the CPU; anything else as it is."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value

@@ -1,47 +1,33 @@
-"""A worker process: `python -m fxsplit.runtime.worker_main`, with its settings as JSON on standard input."""
+"""A worker process that the client has started: `python -m fxsplit.runtime.worker_main`.
+
+Its settings come as JSON on standard input.
+"""
 
 from __future__ import annotations
 
 import os
-import queue
 import sys
 import threading
-from concurrent.futures import Future
-from typing import Any
 
 import torch
 from torch._C._distributed_c10d import FileStore
 
 from fxsplit.runtime.launch import WorkerSettings
-from fxsplit.runtime.rpc import RpcEndpoint
-from fxsplit.runtime.worker import Worker
+from fxsplit.runtime.rpc import LOOPBACK, START_TIMEOUT_S
+from fxsplit.runtime.serving import Serving, serve_joined
 
 
 def main() -> None:
-    """Serves commands until the client hangs up, however that comes to pass."""
+    """Serves the client that has started this process."""
     settings = WorkerSettings.from_json(sys.stdin.readline())
     threading.Thread(target=_end_with_client, name="client watch", daemon=True).start()
+    if settings.join:
+        serve_joined(settings.join, settings.name, settings.token, None, START_TIMEOUT_S)
     torch.set_num_threads(settings.threads)
-    commands: queue.SimpleQueue[tuple[str, tuple[Any, ...], Future[Any]]] = queue.SimpleQueue()
-
-    def handle(command: str, arguments: tuple[Any, ...]) -> Future[Any]:
-        result: Future[Any] = Future()
-        if command == "abort":  # must get through while the main thread waits for a packet
-            endpoint.mailbox.abort(*arguments)
-            result.set_result(None)
-        else:
-            commands.put((command, arguments, result))
-        return result
-
-    endpoint = RpcEndpoint(settings.name, settings.session, handle)
-    worker = Worker(endpoint)
     store = FileStore(settings.store, settings.world_size)
+    serving = Serving(settings.name, settings.session)
     store.set(f"ready/{settings.name}", "1")
-    endpoint.join(store, settings.rank, settings.world_size)
-    while True:  # the main thread computes: the number of threads holds for the thread that set it
-        command, arguments, result = commands.get()
-        result.set_result(worker.execute(command, arguments))
-        del command, arguments, result
+    serving.run(store, settings.rank, settings.world_size, LOOPBACK)
 
 
 def _end_with_client() -> None:

@@ -16,7 +16,7 @@ from fxsplit.runtime.transports import TRANSPORTS
 from fxsplit.schedules import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
-LAYERS = {"fxsplit.passes": 1, "fxsplit.runtime": 2, "fxsplit.compile": 3, "fxsplit.cli": 4}
+LAYERS = {"fxsplit.passes": 1, "fxsplit.runtime": 2, "fxsplit.compile": 3, "fxsplit.commands": 4, "fxsplit.cli": 5}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -42,7 +42,7 @@ def imports(path: Path) -> set[str]:
 
 
 def layer(name: str) -> int:
-    """Core, passes, runtime, compile, command line: 0 to 4."""
+    """Core, passes, runtime, compile, commands, command line: 0 to 5."""
     return max((level for prefix, level in LAYERS.items() if f"{name}.".startswith(f"{prefix}.")), default=0)
 
 

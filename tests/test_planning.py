@@ -272,7 +272,7 @@ def test_a_long_sandwich_is_exact_and_quick() -> None:
         (SANDWICH, {"chunks": 0}, PlanError, "chunks"),
         (SANDWICH, {"chunks": 2.0}, PlanError, "chunks"),
         (SANDWICH, {"chunks": True}, PlanError, "chunks"),
-        (SANDWICH, {"schedule": "1f1b"}, PlanError, r"unknown schedule[^$]*1f1b[^$]*gpipe"),
+        (SANDWICH, {"schedule": "2f2b"}, PlanError, r"unknown schedule[^$]*2f2b[^$]*gpipe"),
         (SANDWICH, {"budget": {"macs": 3}}, BudgetError, "not a Budget"),
         (
             SANDWICH,

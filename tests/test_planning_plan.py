@@ -148,7 +148,7 @@ def changed(change: Callable[[dict[str, Any]], object]) -> str:
         (lambda data: data.update(extra=1), r"unknown key 'extra'"),
         (lambda data: data.pop("chunks"), r"no key 'chunks'"),
         (lambda data: data.update(chunks=0), r"plan\.chunks[^$]*1 or more"),
-        (lambda data: data.update(schedule="1f1b"), r"plan\.schedule[^$]*gpipe"),
+        (lambda data: data.update(schedule="2f2b"), r"plan\.schedule[^$]*gpipe"),
         (lambda data: data.update(compressor="zip"), r"plan\.compressor[^$]*unknown compressor"),
         (lambda data: data.update(devices=["cpu", "tpu", "cpu"]), r"plan\.devices[^$]*tpu"),
         (lambda data: data.update(devices=["cpu", "cpu"]), "3 parts and 2 cuts"),

@@ -23,11 +23,19 @@ from fxsplit.compressors.cuda_selection import order_statistics as order_statist
 from fxsplit.compressors.cuda_selection import ranges as ranges
 from fxsplit.compressors.grouping import Layout
 from fxsplit.compressors.packing import packed_bytes
+from fxsplit.compressors.ranges import RangeRule
 from fxsplit.compressors.scheme import Scheme
+from fxsplit.compressors.triton_launch import Launcher
 from fxsplit.spec import TensorSpec
 
 ROWS = 512
 """Rows of 8 elements that a program encodes or decodes."""
+
+_OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
+_seeds, _encode, _decode = map(
+    Launcher, (triton_kernels.seeds_kernel, triton_kernels.encode_kernel, triton_kernels.decode_kernel)
+)
 
 _UNITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 
@@ -35,9 +43,15 @@ _UNITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 @functools.cache
 def available(device: torch.device) -> bool:
     """Whether Triton compiles and runs for a device: it needs a C compiler, and not every GPU will do."""
+    values, layout = torch.arange(64.0, device=device), Layout(1, 1, 64)
+    scheme, spec = Scheme(layout, 6, 0), TensorSpec.of(values)
     try:
-        values = torch.arange(64.0, device=device)
-        return extremes(values, Layout(1, 1, 64)).tolist() == [[0.0], [63.0]]
+        for _ in range(2):  # the second launch goes another way than the first
+            found = ranges(values, layout, RangeRule(1), scheme.levels, torch.float32)
+            codes = encode(values, found.minima, found.inverse, None, scheme)
+            if not found.are_finite() or not torch.equal(decode(codes, found.table, scheme, spec), values):
+                raise RuntimeError("its kernels give wrong numbers")
+        return True
     except Exception as error:  # whatever a broken installation raises
         warnings.warn(f"Triton does not work on {device}, so that compressors are slow: {error}", stacklevel=2)
         return False
@@ -49,12 +63,11 @@ def seeds(table: Tensor) -> Tensor:
     words = table.shape[2] * table.element_size() // 4
     found = torch.empty(groups, dtype=torch.uint32, device=table.device)
     with on_device(table.device):
-        triton_kernels.seeds_kernel[(groups,)](
-            table.view(torch.int32),
-            found,
-            groups * words,
-            words,
-            BLOCK=min(1024, triton.next_power_of_2(2 * words)),
+        _seeds(
+            (groups,),
+            (table.view(torch.int32), found),
+            (groups * words, words),
+            {"BLOCK": min(1024, triton.next_power_of_2(2 * words))},
         )
     return found
 
@@ -64,19 +77,17 @@ def encode(values: Tensor, minima: Tensor, inverse: Tensor, seeds: Tensor | None
     count, bits = values.numel(), scheme.bits
     rows = triton.cdiv(count, 8)
     packed = values.new_empty(rows * bits, dtype=torch.uint8)
+    wide = tl.float64 if values.dtype == torch.float64 else tl.float32
     with on_device(values.device):
-        triton_kernels.encode_kernel[(triton.cdiv(rows, ROWS),)](
-            values,
-            packed.view(_UNITS[math.gcd(bits, 8)]),
-            minima,
-            inverse,
-            minima if seeds is None else seeds,
-            count,
-            scheme.layout.groups,
-            scheme.layout.inner,
-            STOCHASTIC=seeds is not None,
-            WIDE=tl.float64 if values.dtype == torch.float64 else tl.float32,
-            **_coding(scheme, count),
+        _encode(
+            (triton.cdiv(rows, ROWS),),
+            (
+                *(values, packed.view(_UNITS[math.gcd(bits, 8)]), minima, inverse),
+                minima if seeds is None else seeds,
+            ),
+            (count, scheme.layout.groups, scheme.layout.inner),
+            {"STOCHASTIC": seeds is not None, "WIDE": wide, **_constants(scheme, count)},
+            **_OPTIONS,
         )
     return packed[: packed_bytes(count, bits)]
 
@@ -94,20 +105,17 @@ def decode(packed: Tensor, table: Tensor, scheme: Scheme, spec: TensorSpec) -> T
         padded[: packed.numel()] = packed
         packed = padded
     with on_device(packed.device):
-        triton_kernels.decode_kernel[(triton.cdiv(rows, ROWS),)](
-            packed.view(_UNITS[unit]) if unit > 1 else packed,
-            table,
-            decoded,
-            count,
-            scheme.layout.groups,
-            scheme.layout.inner,
-            LIMIT=torch.finfo(spec.dtype).max,
-            **_coding(scheme, count),
+        _decode(
+            (triton.cdiv(rows, ROWS),),
+            (packed.view(_UNITS[unit]) if unit > 1 else packed, table, decoded),
+            (count, scheme.layout.groups, scheme.layout.inner),
+            {"LIMIT": torch.finfo(spec.dtype).max, **_constants(scheme, count)},
+            **_OPTIONS,
         )
     return decoded
 
 
-def _coding(scheme: Scheme, count: int) -> dict[str, Any]:
+def _constants(scheme: Scheme, count: int) -> dict[str, Any]:
     """What `encode_kernel` and `decode_kernel` share."""
     return {
         "BITS": scheme.bits,
@@ -116,6 +124,4 @@ def _coding(scheme: Scheme, count: int) -> dict[str, Any]:
         "ALIGNED": scheme.layout.inner % 8 == 0,
         "INDEX": tl.int64 if count >= (1 << 31) - (1 << 20) else tl.int32,
         "ROWS": ROWS,
-        "num_warps": 4,
-        "enable_fp_fusion": False,
     }

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxsplit.compressors import torch_kernels, triton_ranges, triton_selection
+from fxsplit.compressors import torch_kernels, triton_brackets, triton_ranges, triton_selection
 from fxsplit.compressors.grouping import Layout
 from fxsplit.compressors.ranges import RangeRule, Ranges, found_ranges
+from fxsplit.compressors.triton_launch import Launcher
 
 BLOCK = 4096
 """Elements that a program looks at together when it goes over all of them."""
@@ -49,6 +50,18 @@ MIN_RUN = 32
 """Shorter runs are scattered: reading them one by one wastes most of what is read."""
 
 
+_extremes = Launcher(triton_ranges.extremes_kernel)
+_extreme_values = Launcher(triton_ranges.extreme_values_kernel)
+_sorted = Launcher(triton_ranges.sorted_kernel)
+_sampled_ranges = Launcher(triton_ranges.sampled_ranges_kernel)
+_bracket = Launcher(triton_brackets.bracket_kernel)
+_count = Launcher(triton_brackets.count_kernel)
+_locate = Launcher(triton_selection.locate_kernel)
+_collect = Launcher(triton_selection.collect_kernel)
+_find = Launcher(triton_selection.find_kernel)
+_selected_ranges = Launcher(triton_selection.selected_ranges_kernel)
+
+
 def extremes(values: Tensor, layout: Layout) -> Tensor:
     """As `torch_kernels.extremes`."""
     if not _is_taken(values, layout) or _is_scattered(layout):
@@ -56,8 +69,8 @@ def extremes(values: Tensor, layout: Layout) -> Tensor:
     parts, programs = _extreme_parts(values, layout)
     found = values.new_empty(2, layout.groups, dtype=torch.float64)
     with on_device(values.device):
-        triton_ranges.extreme_values_kernel[(layout.groups, 2)](
-            parts, found, programs, PARTS=triton.next_power_of_2(programs)
+        _extreme_values(
+            (layout.groups, 2), (parts, found), (programs,), {"PARTS": triton.next_power_of_2(programs)}
         )
     return found
 
@@ -75,19 +88,20 @@ def order_statistics(values: Tensor, layout: Layout, ranks: Sequence[int]) -> Te
     with on_device(values.device):
         if size <= LAST:
             block = triton.next_power_of_2(size)
-            triton_ranges.sorted_kernel[(layout.groups, len(ranks))](
-                values,
-                plan.ranks,
-                found,
-                *_sizes(layout),
-                **_indexing(layout),
-                BLOCK=block,
+            _sorted(
+                (layout.groups, len(ranks)),
+                (values, plan.ranks, found),
+                _sizes(layout),
+                {**_indexing(layout), "BLOCK": block},
                 num_warps=_warps(block),
             )
         for boundaries, wanted in plan.rounds[:rounds]:
             selection = _Selection.of(values, layout, boundaries)
-            triton_selection.find_kernel[(layout.groups, len(wanted))](
-                wanted, *selection.tensors, found, selection.programs, len(ranks), **selection.sizes, num_warps=4
+            _find(
+                (layout.groups, len(wanted)),
+                (wanted, *selection.tensors, found),
+                (selection.programs, len(ranks)),
+                selection.constants,
             )
     return found
 
@@ -109,29 +123,28 @@ def ranges(values: Tensor, layout: Layout, rule: RangeRule, levels: int, dtype: 
     with on_device(values.device):
         if is_selected:
             selection = _Selection.of(values, layout, _Plan.between(rule, layout.group_size, values.device))
-            triton_selection.selected_ranges_kernel[shape](
-                *selection.tensors,
-                *(table, minima, inverse, finite.memory),
-                selection.programs,
-                **selection.sizes,
-                LEVELS=levels,
-                num_warps=4,
+            _selected_ranges(
+                shape,
+                (*selection.tensors, table, minima, inverse, finite.memory),
+                (selection.programs,),
+                {**selection.constants, "LEVELS": levels},
                 enable_fp_fusion=False,
             )
         else:
             parts, programs = _extreme_parts(values, layout) if rule.touching else (table, 1)
             block = triton.next_power_of_2(samples) if rule.buckets > 1 else 1
-            triton_ranges.sampled_ranges_kernel[shape](
-                *(values, parts, table, minima, inverse, finite.memory),
-                *_sizes(layout),
-                rule.stride,
-                programs,
-                TOUCHING=rule.touching,
-                BUCKETS=rule.buckets,
-                PARTS=triton.next_power_of_2(programs),
-                LEVELS=levels,
-                **_indexing(layout),
-                BLOCK=block,
+            _sampled_ranges(
+                shape,
+                (values, parts, table, minima, inverse, finite.memory),
+                (*_sizes(layout), rule.stride, programs),
+                {
+                    "TOUCHING": rule.touching,
+                    "BUCKETS": rule.buckets,
+                    "PARTS": triton.next_power_of_2(programs),
+                    "LEVELS": levels,
+                    **_indexing(layout),
+                    "BLOCK": block,
+                },
                 num_warps=max(4, _warps(block)),
                 enable_fp_fusion=False,
             )
@@ -226,12 +239,12 @@ class _Selection:
     Attributes:
         tensors: counts, places, windows, kept keys, and parts of the extremes.
         programs: parts of each group.
-        sizes: of the room and of the parts, as kernels want them.
+        constants: of the room and of the parts, as kernels want them.
     """
 
     tensors: tuple[Tensor, ...]
     programs: int
-    sizes: dict[str, int]
+    constants: dict[str, int]
 
     @classmethod
     def of(cls, values: Tensor, layout: Layout, boundaries: Tensor) -> _Selection:
@@ -249,45 +262,46 @@ class _Selection:
         memory = torch.empty(sum(lengths), dtype=torch.int32, device=device)
         counts, places, windows, ends, kept, bin_counts, parts = memory.split(lengths)
         windows = windows.view(torch.float32)
-        shared: dict[str, Any] = {"BINS": bins, **_indexing(layout)}
+        ends, parts = ends.view(torch.float32), parts.view(torch.float32)
         sizes, count = _sizes(layout), len(boundaries)
-        ends = ends.view(torch.float32)
-        triton_selection.bracket_kernel[(groups, 6)](
-            *(values, boundaries, ends, counts, bin_counts, kept),
-            *sizes,
-            stride,
-            BOUNDARIES=count,
-            ROOM=ROOM,
-            BLOCK=sample,
+        shared: dict[str, Any] = {"BINS": bins, **_indexing(layout)}
+        _bracket(
+            (groups, 6),
+            (values, boundaries, ends, counts, bin_counts, kept),
+            (*sizes, stride),
+            {**shared, "BOUNDARIES": count, "ROOM": ROOM, "BLOCK": sample},
             num_warps=_warps(sample),
-            **shared,
         )
-        triton_selection.count_kernel[(groups, programs)](
-            *(values, ends, counts, bin_counts, parts), *sizes, BLOCK=BLOCK // 2, num_warps=8, **shared
-        )
-        triton_selection.locate_kernel[(groups, 2 * count)](
-            *(boundaries, ends, counts, bin_counts, places, windows), BINS=bins, num_warps=4
-        )
-        triton_selection.collect_kernel[(groups, programs)](
-            *(values, ends, counts, places, windows, kept),
-            *sizes,
-            BOUNDARIES=count,
-            ROOM=ROOM,
-            BLOCK=BLOCK,
+        _count(
+            (groups, programs),
+            (values, ends, counts, bin_counts, parts),
+            sizes,
+            {**shared, "BLOCK": BLOCK // 2},
             num_warps=8,
-            **shared,
+        )
+        _locate((groups, 2 * count), (boundaries, ends, counts, bin_counts, places, windows), (), {"BINS": bins})
+        _collect(
+            (groups, programs),
+            (values, ends, counts, places, windows, kept),
+            sizes,
+            {**shared, "BOUNDARIES": count, "ROOM": ROOM, "BLOCK": BLOCK},
+            num_warps=8,
         )
         constants = {"ROOM": ROOM, "PARTS": triton.next_power_of_2(programs)}
         return cls((counts, places, windows, kept, parts), programs, constants)
 
 
 def _extreme_parts(values: Tensor, layout: Layout) -> tuple[Tensor, int]:
-    """Extremes of parts of each group, int32 [groups, 2, programs], and how many parts; on the current device."""
+    """Extremes of parts of each group, float32 [groups, 2, programs], and how many parts there are."""
     programs = _programs(layout)
-    parts = values.new_empty(layout.groups, 2, programs, dtype=torch.int32)
+    parts = values.new_empty(layout.groups, 2, programs, dtype=torch.float32)
     with on_device(values.device):
-        triton_ranges.extremes_kernel[(layout.groups, programs)](
-            values, parts, *_sizes(layout), **_indexing(layout), BLOCK=BLOCK, num_warps=8
+        _extremes(
+            (layout.groups, programs),
+            (values, parts),
+            _sizes(layout),
+            {**_indexing(layout), "BLOCK": BLOCK},
+            num_warps=8,
         )
     return parts, programs
 

@@ -127,6 +127,26 @@ def sampled_keys(
 
 
 @triton.jit
+def least_of(low: tl.tensor, x: tl.tensor) -> tl.tensor:
+    """The lesser of two blocks; NaN where either is."""
+    return tl.minimum(low, x, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def greatest_of(high: tl.tensor, x: tl.tensor) -> tl.tensor:
+    """The greater of two blocks; NaN where either is."""
+    return tl.maximum(high, x, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def store_part(parts_at: tl.tensor, low: tl.tensor, high: tl.tensor) -> None:
+    """Stores a program's part of [groups, 2, programs], float32, infinite for NaN; grid (groups, programs)."""
+    part = parts_at + tl.program_id(0).to(tl.int64) * 2 * tl.num_programs(1) + tl.program_id(1)
+    tl.store(part, tl.min(tl.where(low == low, low, -INFINITY), 0))
+    tl.store(part + tl.num_programs(1), tl.max(tl.where(high == high, high, INFINITY), 0))
+
+
+@triton.jit
 def extremes_kernel(
     values_at: tl.tensor,
     parts_at: tl.tensor,
@@ -137,30 +157,28 @@ def extremes_kernel(
     ONE_RUN: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Parts [groups, 2, programs]: the greatest inverted and the greatest plain key; grid (groups, programs)."""
+    """The least and the greatest value of parts of each group; see `store_part`."""
     group = tl.program_id(0).to(INDEX)
     lanes = tl.arange(0, BLOCK).to(INDEX)
     first = tl.load(values_at + place(group * 0, group, size, groups, inner, ONE_RUN)).to(tl.float32)
-    high = tl.zeros((BLOCK,), tl.int32) + float_key(first)
-    low = ~high
+    high = tl.zeros((BLOCK,), tl.float32) + first
+    low = high
     for tile in range(tl.program_id(1), tl.cdiv(size, BLOCK), tl.num_programs(1)):
         j = tl.cast(tile, INDEX) * BLOCK + lanes
         x = tl.load(values_at + place(j, group, size, groups, inner, ONE_RUN), mask=j < size, other=0.0)
-        key = float_key(tl.where(j < size, x.to(tl.float32), first))
-        high = tl.maximum(high, key)
-        low = tl.maximum(low, ~key)
-    part = parts_at + tl.program_id(0) * 2 * tl.num_programs(1) + tl.program_id(1)
-    tl.store(part, tl.max(low, 0))
-    tl.store(part + tl.num_programs(1), tl.max(high, 0))
+        x = tl.where(j < size, x.to(tl.float32), first)
+        high = greatest_of(high, x)
+        low = least_of(low, x)
+    store_part(parts_at, low, high)
 
 
 @triton.jit
 def extreme_of(parts: tl.tensor, side: tl.tensor, programs: tl.tensor, PARTS: tl.constexpr) -> tl.tensor:
     """The least (side 0) or the greatest value of a group from its parts [2, programs], float32."""
     lanes = tl.arange(0, PARTS)
-    keys = tl.load(parts + side * programs + lanes, mask=lanes < programs, other=-GREATEST - 1)
-    greatest = tl.max(keys, 0)
-    return value_of(tl.where(side == 0, ~greatest, greatest))
+    sign = tl.where(side == 0, -1.0, 1.0)
+    values = tl.load(parts + side * programs + lanes, mask=lanes < programs, other=0.0) * sign
+    return sign * tl.max(tl.where(lanes < programs, values, -INFINITY), 0)
 
 
 @triton.jit

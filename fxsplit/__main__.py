@@ -1,0 +1,5 @@
+"""`python -m fxsplit`."""
+
+from fxsplit.cli import main
+
+main()

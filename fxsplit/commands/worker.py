@@ -1,0 +1,47 @@
+"""`fxsplit worker`: a worker of a pipeline whose client is on another machine."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from fxsplit.errors import DeviceError, FxsplitError
+from fxsplit.planning.devices import available_devices
+from fxsplit.runtime.serving import serve_joined
+from fxsplit.runtime.transports import TOKEN_VARIABLE
+
+
+def worker(
+    join: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the client listens.")],
+    name: Annotated[str, typer.Option(metavar="NAME", help="By which the client's devices name this worker.")],
+    device: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DEVICE", help="What it offers; may be repeated.", show_default="all devices"),
+    ] = None,
+    patience: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long to wait for a client that does not listen yet.")
+    ] = 60.0,
+) -> None:
+    """Join a pipeline on another machine and serve it until it ends.
+
+    The token that the client has printed, or was given, comes in the environment variable FXSPLIT_TOKEN. Only join
+    clients that you trust: they run code here.
+    """
+    try:
+        for offered in device or ():
+            if offered not in available_devices():
+                allowed = ", ".join(available_devices())
+                raise DeviceError("there is no such device here", where="--device", found=offered, allowed=allowed)
+        token = os.environ.get(TOKEN_VARIABLE, "")
+        if not token:
+            raise FxsplitError(
+                "a worker needs the client's token",
+                found=f"no {TOKEN_VARIABLE} in the environment",
+                hint=f"{TOKEN_VARIABLE}=... fxsplit worker --join {join} --name {name}; the client prints it",
+            )
+        serve_joined(join, name, token, device, patience)
+    except FxsplitError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None

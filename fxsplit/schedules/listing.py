@@ -1,0 +1,90 @@
+"""List scheduling: a worker that is free does what is most urgent of what can be done.
+
+The method is Graham's (Bounds on multiprocessing timing anomalies, 1969). With the priorities of one-forward-
+one-backward and a limit on what is kept it gives the schedules of the literature; with measured times and the
+longest path as the priority it fits itself to slow links and uneven devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fxsplit.schedules.action import Action, Work
+from fxsplit.schedules.simulation import Clock
+from fxsplit.schedules.times import Hop, Times
+
+Priority = Callable[[Action], Any]
+"""The least is the most urgent."""
+
+
+def list_schedule(
+    workers: Sequence[str],
+    chunks: int,
+    times: Times,
+    priority: Priority,
+    live_limit: Callable[[int], int] | None = None,
+    is_split: bool = False,
+) -> dict[str, list[Action]]:
+    """The orders in which no worker is idle while it could work.
+
+    Args:
+        workers: the worker of each stage.
+        chunks: micro-batches.
+        times: what the work takes.
+        priority: what comes first of what could begin at the same time.
+        live_limit: micro-batches that a stage may keep; all if None. With limits that do not grow from stage to
+            stage there is no deadlock: the oldest micro-batch can always go on.
+        is_split: whether backwards are done in two parts.
+    """
+    clock = Clock(workers, times)
+    orders: dict[str, list[Action]] = {worker: [] for worker in workers}
+    kinds = (Work.FORWARD, Work.INPUT, Work.WEIGHT) if is_split else (Work.FORWARD, Work.BACKWARD)
+    counts = {(stage, work): 0 for stage in range(len(workers)) for work in kinds}
+    for _ in range(len(counts) * chunks):
+        candidates = []
+        for (stage, work), count in counts.items():
+            action = Action(stage, count, work)
+            is_full = work is Work.FORWARD and live_limit is not None and clock.live[stage] >= live_limit(stage)
+            if count == chunks or is_full or clock.missing(action) is not None:
+                continue
+            begin = max(clock.free_s(workers[stage]), clock.ready_s(action))
+            candidates.append((begin, priority(action), action))
+        _, _, chosen = min(candidates)
+        clock.run(chosen)
+        orders[workers[chosen.stage]].append(chosen)
+        counts[chosen.stage, chosen.work] += 1
+    return orders
+
+
+def backward_first(action: Action) -> Any:
+    """Backwards before forwards, of these the deepest; weight gradients when there is nothing else to do."""
+    order = {Work.BACKWARD: 0, Work.INPUT: 0, Work.FORWARD: 1, Work.WEIGHT: 2}
+    return order[action.work], action.micro_batch if action.sends_gradients else -action.stage, action.micro_batch
+
+
+def longest_path_first(times: Times) -> Priority:
+    """What has the longest way before it to the end of the step comes first."""
+    count = len(times.stages)
+    back = [0.0] * count
+    for stage in range(count):
+        hops = [(s, times.backward.get((s, stage), Hop())) for s in times.sources(stage)]
+        after = max((_whole(hop) + back[s] for s, hop in hops), default=0.0)
+        back[stage] = times.stages[stage].backward_s + after
+    ahead = [0.0] * count
+    for stage in reversed(range(count)):
+        hops = [(t, times.forward.get((stage, t), Hop())) for t in times.targets(stage)]
+        after = max((_whole(hop) + ahead[t] for t, hop in hops), default=back[stage])
+        ahead[stage] = times.stages[stage].forward_s + after
+
+    def priority(action: Action) -> Any:
+        if action.work is Work.WEIGHT:
+            return 1, 0.0, action.micro_batch
+        rank = ahead[action.stage] if action.is_forward else back[action.stage]
+        return 0, -rank, action.micro_batch
+
+    return priority
+
+
+def _whole(hop: Hop) -> float:
+    return hop.encode_s + hop.wire_s + hop.latency_s + hop.decode_s

@@ -1,0 +1,74 @@
+"""What the work of one micro-batch takes: the numbers that schedules are simulated with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """One stage, for one micro-batch.
+
+    Attributes:
+        forward_s: seconds of its forward.
+        input_s: seconds of its backward that the stage before waits for.
+        weight_s: seconds of the rest of its backward.
+        live_bytes: what is kept from the forward to the end of the backward.
+    """
+
+    forward_s: float
+    input_s: float
+    weight_s: float
+    live_bytes: int = 1
+
+    @property
+    def backward_s(self) -> float:
+        """Seconds of the whole backward."""
+        return self.input_s + self.weight_s
+
+
+@dataclass(frozen=True)
+class Hop:
+    """All that one stage sends to another for one micro-batch, in one direction.
+
+    Attributes:
+        encode_s: seconds of the sender's encoder.
+        wire_s: seconds that it occupies the link.
+        latency_s: seconds that it is under way beyond that.
+        decode_s: seconds of the receiver's decoder.
+    """
+
+    encode_s: float = 0.0
+    wire_s: float = 0.0
+    latency_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Times:
+    """What a schedule may know of stages and links.
+
+    Attributes:
+        stages: one entry a stage.
+        forward: (sending stage, receiving stage) -> what its activations take; no entry: no time.
+        backward: the same for gradients, under the same keys: (made by, used by), as the activations go.
+    """
+
+    stages: tuple[StageTimes, ...]
+    forward: Mapping[tuple[int, int], Hop] = field(default_factory=dict)
+    backward: Mapping[tuple[int, int], Hop] = field(default_factory=dict)
+
+    @classmethod
+    def unit(cls, stages: int) -> Times:
+        """Equal stages, a backward twice as long as a forward, links that take no time."""
+        return cls((StageTimes(1.0, 1.0, 1.0),) * stages)
+
+    def sources(self, stage: int) -> list[int]:
+        """The stages that send activations to a stage: the one before, and those with skip connections."""
+        return sorted({s for s, t in self.forward if t == stage} | ({stage - 1} if stage else set()))
+
+    def targets(self, stage: int) -> list[int]:
+        """The stages that get activations of a stage."""
+        after = {stage + 1} if stage + 1 < len(self.stages) else set()
+        return sorted({t for s, t in self.forward if s == stage} | after)

@@ -1,0 +1,169 @@
+"""Threads beside the one that computes: one encodes and sends, one receives and decodes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_all
+from typing import Any
+
+import torch
+
+from fxsplit.runtime.packet import Key, Packet
+from fxsplit.runtime.report import RunReport, Span
+from fxsplit.runtime.transport import Endpoint, wait
+from fxsplit.schedules import Action
+
+Decode = Callable[[Packet], Any]
+
+
+class SendError(Exception):
+    """What went wrong with a packet, and which action had made it."""
+
+    def __init__(self, action: Action, cause: BaseException) -> None:
+        super().__init__(str(cause))
+        self.action = action
+        self.cause = cause
+
+
+class Courier:
+    """Takes packets away and brings them, so that a worker's computation goes on meanwhile.
+
+    Packets leave in the order in which they were handed over. What arrives is decoded as soon as it is there if
+    it was announced with `expect`: a worker announces what its next actions need, and no more, since what is
+    decoded takes more memory than what is encoded.
+
+    Args:
+        endpoint: this worker's end of the transport.
+        threads: threads of one operation, as in the thread that computes: they can change the last bits.
+    """
+
+    def __init__(self, endpoint: Endpoint, threads: int) -> None:
+        self._endpoint = endpoint
+        self._sender = ThreadPoolExecutor(1, "fxsplit encode", torch.set_num_threads, (threads,))
+        self._receiver = ThreadPoolExecutor(1, "fxsplit decode", torch.set_num_threads, (threads,))
+        self._sending: list[tuple[Action, Future[None]]] = []
+        self._expected: dict[Key, Future[Any]] = {}
+        self._lock = threading.Lock()
+        self._links: list[Span] = []
+        self._links_free_s: dict[str, float] = {}
+
+    # ------------------------------------------------------------------ out
+
+    def send(
+        self, action: Action, to: str, key: Key, make: Callable[[], Packet], report: RunReport
+    ) -> Future[None]:
+        """Encodes and sends a packet in the background.
+
+        Args:
+            action: what made its content.
+            to: the receiving worker, another than this one.
+            key: its name.
+            make: encodes it.
+            report: what is measured goes here.
+
+        Returns:
+            done when it is encoded and handed to the transport.
+        """
+
+        def work() -> None:
+            start = time.perf_counter()
+            with torch.no_grad():
+                packet = make()
+            end = time.perf_counter()
+            report.encoded(key, packet, start, end)
+            report.add_packet(to, key, packet)
+            sent = self._endpoint.send(to, key, packet)
+            sent.add_done_callback(lambda _: self._note(to, key, packet.wire_bytes, end))
+
+        job = self._sender.submit(work)
+        self._sending.append((action, job))
+        return job
+
+    def check(self) -> None:
+        """Raises what went wrong with a packet since the last time.
+
+        Raises:
+            SendError: its cause and the action that the packet came from.
+        """
+        waiting = []
+        for action, job in self._sending:
+            if not job.done():
+                waiting.append((action, job))
+            elif (error := job.exception()) is not None:
+                raise SendError(action, error) from error
+        self._sending = waiting
+
+    def finish(self) -> None:
+        """Returns when all packets have been handed to the transport; raises as `check`."""
+        wait_all([job for _, job in self._sending])
+        self.check()
+
+    # ------------------------------------------------------------------ in
+
+    def expect(self, key: Key, decode: Decode, report: RunReport) -> None:
+        """Announces a packet: it is decoded as soon as it is there."""
+        if key in self._expected:
+            return
+        value: Future[Any] = Future()
+        self._expected[key] = value
+
+        def arrived(slot: Future[Packet]) -> None:
+            if slot.exception() is None and not _submit(self._receiver, open_it, slot.result()):
+                value.cancel()
+            elif slot.exception() is not None:
+                value.set_exception(slot.exception())
+
+        def open_it(packet: Packet) -> None:
+            start = time.perf_counter()
+            try:
+                with torch.no_grad():
+                    value.set_result(decode(packet))
+            except BaseException as error:
+                value.set_exception(error)
+            report.decoded(key, packet, start, time.perf_counter())
+
+        self._endpoint.mailbox.receive(key).add_done_callback(arrived)
+
+    def take(self, key: Key, check: Callable[[], None]) -> Any:
+        """What `decode` made of an announced packet; waits for it."""
+        value = self._expected[key]
+        result = wait(value, check)
+        del self._expected[key]
+        self._endpoint.mailbox.forget(key)
+        return result
+
+    # ------------------------------------------------------------------ ends
+
+    def drain(self) -> None:
+        """A run was given up: nothing of it is waited for any more."""
+        wait_all([job for _, job in self._sending])
+        self._sending.clear()
+        self._expected.clear()
+
+    def close(self) -> None:
+        """Ends the threads after what they are doing."""
+        self._sender.shutdown(wait=False, cancel_futures=True)
+        self._receiver.shutdown(wait=False, cancel_futures=True)
+
+    def links(self) -> list[Span]:
+        """When packets were on their way, since the last time: until the receiver had them."""
+        with self._lock:
+            links, self._links = self._links, []
+        return links
+
+    def _note(self, to: str, key: Key, wire_bytes: int, handed_over_s: float) -> None:
+        with self._lock:
+            start = max(handed_over_s, self._links_free_s.get(to, 0.0))
+            end = self._links_free_s[to] = time.perf_counter()
+            self._links.append(Span.of_packet("send", key, start, end, wire_bytes, to))
+
+
+def _submit(pool: ThreadPoolExecutor, work: Callable[[Packet], None], packet: Packet) -> bool:
+    try:
+        pool.submit(work, packet)
+    except RuntimeError:  # the pipeline was closed
+        return False
+    return True

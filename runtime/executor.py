@@ -1,0 +1,326 @@
+"""What a worker does with the actions of a step: one executor for every schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxsplit.compressors.base import Memory
+from fxsplit.errors import PipelineError
+from fxsplit.runtime.courier import Courier, SendError
+from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
+from fxsplit.runtime.loss import Loss
+from fxsplit.runtime.packet import GradientTap, Key, Packet, pack, unpack
+from fxsplit.runtime.randomness import Randomness, seeded, set_states, state_key, states
+from fxsplit.runtime.report import RunReport
+from fxsplit.runtime.split_backward import SplitBackward
+from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
+from fxsplit.schedules import Action, Work
+from fxsplit.stage import CLIENT, Edge, Mode, StageModule
+from fxsplit.trace.replay import Surroundings
+
+_AHEAD = 2  # actions whose packets are decoded beforehand
+
+
+@dataclass
+class _Saved:
+    """What a stage's backward of one micro-batch needs."""
+
+    taps: dict[Edge, GradientTap]
+    values: dict[str, Tensor]
+    weights: SplitBackward | None = None
+
+
+@dataclass
+class RunState:
+    """One forward of the pipeline that may still be followed by its backward.
+
+    Attributes:
+        mode: which graphs run.
+        randomness: how stages draw.
+        saved: by stage and micro-batch.
+    """
+
+    mode: Mode
+    randomness: Randomness | None = None
+    saved: dict[tuple[int, int], _Saved] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a worker holds, and where the other stages are.
+
+    Attributes:
+        stages: the stages held here.
+        devices: of each.
+        workers: the worker of every stage.
+        batch_norms: the layers whose statistics are deferred.
+    """
+
+    stages: Mapping[int, StageModule] = field(default_factory=dict)
+    devices: Mapping[int, torch.device] = field(default_factory=dict)
+    workers: tuple[str, ...] = ()
+    batch_norms: DeferredBatchNorm = field(default_factory=lambda: DeferredBatchNorm(()))
+
+
+class Executor:
+    """Does the actions of one run, in their order.
+
+    Args:
+        endpoint: this worker's end of the transport.
+        courier: what sends and receives beside it.
+        holding: the stages.
+        memories: what compressors keep from step to step, by end of an edge and micro-batch.
+        check: raises if waiting makes no more sense.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        courier: Courier,
+        holding: Holding,
+        memories: dict[tuple[Any, ...], dict[str, Tensor]],
+        check: Callable[[], None],
+    ) -> None:
+        self.action: Action | None = None
+        self._endpoint = endpoint
+        self._courier = courier
+        self._holding = holding
+        self._memories = memories
+        self._check_peers = check
+
+    def execute(
+        self,
+        number: int,
+        run: RunState,
+        actions: Sequence[Action],
+        surroundings: Surroundings,
+        loss: Loss | None,
+        report: RunReport,
+    ) -> None:
+        """Does the actions.
+
+        Args:
+            number: of the run.
+            run: what was kept of it so far.
+            actions: in their order.
+            surroundings: the caller's gradient mode and autocast.
+            loss: how the loss of a micro-batch is made, if a whole step is run and this worker makes it.
+            report: what is measured goes here.
+        """
+        self._number, self._run, self._surroundings, self._report = number, run, surroundings, report
+        self._loss = loss
+        # Where the model's outputs go: to the caller, or to the worker that makes the loss.
+        self._ends = (*self._holding.workers, CLIENT_NAME if loss is None else loss.worker)
+        try:
+            for index, action in enumerate(actions):
+                self.action = action
+                for later in actions[index : index + 1 + _AHEAD]:
+                    self._announce(later)
+                self._courier.check()
+                self._do(action)
+            self.action = None
+            self._courier.finish()
+        except SendError as error:
+            self._courier.drain()
+            self.action = error.action
+            raise error.cause from error
+        except BaseException:
+            self._courier.drain()
+            raise
+
+    def _do(self, action: Action) -> None:
+        if action.is_forward:
+            with self._holding.batch_norms.collecting(action.stage):
+                self._forward(action)
+            return
+        if action.work is Work.WEIGHT:
+            saved = self._run.saved.pop((action.stage, action.micro_batch))
+            assert saved.weights is not None
+            with self._report.timing(action.work, action):
+                saved.weights.finish()
+            return
+        if self._loss is not None and self._loss.is_due(action):
+            self._make_loss(action)
+        self._backward(action)
+
+    # ------------------------------------------------------------------ packets
+
+    def _announce(self, action: Action) -> None:
+        """Lets the packets of an action be decoded as soon as they are there."""
+        if action.is_forward:
+            for edge in self._ports(action).inputs:
+                self._expect(edge, action, backward=False)
+        elif action.sends_gradients and (action.stage, action.micro_batch) in self._run.saved:
+            saved = self._run.saved[action.stage, action.micro_batch]
+            for edge in self._ports(action).edges:
+                if edge.value in saved.values:
+                    self._expect(edge, action, backward=True)
+
+    def _expect(self, edge: Edge, action: Action, backward: bool) -> None:
+        device = self._holding.devices[min(action.stage, len(self._holding.workers) - 1)]
+        has_memory = backward or self._surroundings.grad
+        memory = self._memory("receive", edge, action.micro_batch, backward) if has_memory else None
+
+        def decode(packet: Packet) -> tuple[Any, bool]:
+            return unpack(packet, edge, backward, device, memory), packet.requires_grad
+
+        self._courier.expect(self._key(edge, action, backward), decode, self._report)
+
+    def _take(self, edge: Edge, action: Action, backward: bool) -> tuple[Any, bool]:
+        """A value and whether its maker waits for a gradient."""
+        self._expect(edge, action, backward)
+        with self._report.timing("wait", self.action or action):
+            value: tuple[Any, bool] = self._courier.take(self._key(edge, action, backward), self._check)
+        return value
+
+    def _give(self, edge: Edge, action: Action, value: Any, backward: bool) -> None:
+        """Hands a value to a stage: at once if it is here, else by the courier."""
+        to = self._worker_of(edge.source if backward else edge.target)
+        key = self._key(edge, action, backward)
+        has_memory = backward or self._surroundings.grad
+        memory = self._memory("send", edge, action.micro_batch, backward) if has_memory else None
+        if to == self._endpoint.name:
+            with torch.no_grad():
+                self._endpoint.mailbox.deliver(key, pack(value, edge, key, memory))
+        else:
+            self._courier.send(action, to, key, partial(pack, value, edge, key, memory), self._report)
+
+    def _check(self) -> None:
+        self._courier.check()
+        self._check_peers()
+
+    def _key(self, edge: Edge, action: Action, backward: bool) -> Key:
+        return Key(self._number, edge.value, edge.source, edge.target, action.micro_batch, backward)
+
+    def _memory(self, end: str, edge: Edge, micro_batch: int, backward: bool) -> Memory:
+        """What the compressor of an edge keeps here of a micro-batch from step to step, in training only."""
+        key = (end, edge.value, edge.source, edge.target, micro_batch, backward)
+        return self._memories.setdefault(key, {})
+
+    def _worker_of(self, stage: int) -> str:
+        return CLIENT_NAME if stage == CLIENT else self._ends[stage]
+
+    def _ports(self, action: Action) -> Any:
+        return self._holding.stages[action.stage].ports(self._run.mode)
+
+    # ------------------------------------------------------------------ actions
+
+    def _forward(self, action: Action) -> None:
+        mode, grad = self._run.mode, self._surroundings.grad
+        module = self._holding.stages[action.stage]
+        if module.training != mode.training:
+            module.train(mode.training)
+        ports = module.ports(mode)
+        taps: dict[Edge, GradientTap] = {}
+        inputs: list[Any] = []
+        for edge in ports.inputs:
+            value, requires_grad = self._take(edge, action, backward=False)
+            if requires_grad and grad:
+                taps[edge] = GradientTap(value)
+                value = taps[edge].tensor
+            inputs.append(value)
+            del value  # the stage may free what it does not keep
+        with self._drawing(action), self._report.timing(action.work, action), self._surroundings.active():
+            values = dict(zip(ports.outputs, module.run(mode, *inputs), strict=True))
+        del inputs
+        # What stays here may be changed in place by its user: what leaves is encoded first.
+        for edge in sorted(ports.edges, key=lambda e: self._worker_of(e.target) == self._endpoint.name):
+            if self._worker_of(edge.target) == self._endpoint.name and any(
+                other.value == edge.value and self._worker_of(other.target) != self._endpoint.name
+                for other in ports.edges
+            ):
+                self._courier.finish()
+            self._give(edge, action, values[edge.value], backward=False)
+        if grad:
+            kept = {n: v for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad}
+            self._run.saved[action.stage, action.micro_batch] = _Saved(taps, kept)
+
+    @contextmanager
+    def _drawing(self, action: Action) -> Iterator[None]:
+        """Runs a stage's forward with the random numbers that are its own."""
+        stage, device, randomness = action.stage, self._holding.devices[action.stage], self._run.randomness
+        if randomness is None:
+            yield
+        elif randomness.seed is not None:
+            with seeded(randomness.stage_seed(stage, action.micro_batch), device):
+                yield
+        else:
+            if stage > 0:
+                key = state_key(self._number, stage - 1)
+                with self._report.timing("wait", action):
+                    packet: Packet = wait(self._endpoint.mailbox.receive(key), self._check)
+                self._endpoint.mailbox.forget(key)
+                set_states(packet.payload, device)
+            yield
+            key, packet = state_key(self._number, stage), Packet(states(device))
+            last = stage + 1 == len(self._holding.workers)
+            to = CLIENT_NAME if last else self._worker_of(stage + 1)
+            if to == self._endpoint.name:
+                self._endpoint.mailbox.deliver(key, packet)
+            else:
+                self._courier.send(action, to, key, lambda: packet, self._report)
+
+    def _backward(self, action: Action) -> None:
+        if (action.stage, action.micro_batch) not in self._run.saved:
+            raise PipelineError(
+                "the backward of this output was run already",
+                found="a second backward",
+                allowed="one backward for each call of the pipeline",
+                hint="call the pipeline again; retain_graph=True does not reach across workers",
+            )
+        saved = self._run.saved[action.stage, action.micro_batch]
+        gradients: dict[str, Tensor] = {}
+        for edge in reversed(self._ports(action).edges):
+            if edge.value not in saved.values:
+                continue
+            gradient, _ = self._take(edge, action, backward=True)
+            if gradient is not None:
+                known = gradients.get(edge.value)
+                gradients[edge.value] = gradient if known is None else known + gradient
+        with self._report.timing(action.work, action):
+            outputs = [saved.values[name] for name in gradients]
+            if action.work is Work.INPUT:
+                saved.weights = SplitBackward(outputs, list(gradients.values()), list(saved.taps.values()))
+                saved.values = {}
+            elif gradients:
+                torch.autograd.backward(outputs, list(gradients.values()))
+        if action.work is Work.BACKWARD:
+            del self._run.saved[action.stage, action.micro_batch]
+        for edge, tap in saved.taps.items():
+            self._give(edge, action, tap.gradient, backward=True)
+        saved.taps = {}
+
+    def _make_loss(self, action: Action) -> None:
+        """The loss of a micro-batch, and the gradients of the outputs, for the stages that made them."""
+        loss, m = self._loss, action.micro_batch
+        assert loss is not None
+        values: dict[Edge, Any] = {}
+        waiting: set[Edge] = set()
+        end = Action(len(self._holding.workers), m)
+        for edge in loss.edges:
+            values[edge], requires_grad = self._take(edge, end, backward=False)
+            if requires_grad and edge.source != CLIENT:
+                waiting.add(edge)
+            if loss.returns_outputs:
+                self._return_output(edge, end, values[edge])
+        with self._report.timing("loss", action), self._surroundings.active():
+            weighted, gradients = loss.gradients(m, values, waiting)
+        self._report.losses.append(weighted)
+        for edge in loss.edges:
+            if edge in waiting:
+                self._give(edge, action, gradients[edge], backward=True)
+
+    def _return_output(self, edge: Edge, end: Action, value: Any) -> None:
+        """Sends a model's output on to the client, from where the loss is made."""
+        key = self._key(edge, end, False)
+        if self._endpoint.name == CLIENT_NAME:
+            self._endpoint.mailbox.deliver(key, pack(value, edge, key))
+        else:
+            self._courier.send(end, CLIENT_NAME, key, partial(pack, value, edge, key), self._report)

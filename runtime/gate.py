@@ -1,0 +1,312 @@
+"""The client's side of joining: lets workers of other machines in, one connection each while they live."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime
+import errno
+import secrets
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch._C._distributed_c10d import Store
+
+from fxsplit.errors import DeviceError, WorkerError
+from fxsplit.runtime.handshake import (
+    Identity,
+    Refused,
+    is_proof,
+    keep_alive,
+    parse_address,
+    proof,
+    receive_message,
+    refusal_of,
+    send_message,
+)
+
+_HANDSHAKE_S = 10.0
+_POLL_S = 0.05
+
+
+class MeetingStore(Store):
+    """Where the members of the RPC group leave their addresses: a dictionary in the client's process."""
+
+    def __init__(self, give_up: Callable[[], None]) -> None:
+        super().__init__()
+        self._values: dict[str, bytes] = {}
+        self._changed = threading.Condition()
+        self._give_up = give_up
+
+    def set(self, key: str, value: bytes | str) -> None:
+        """Sets a value."""
+        with self._changed:
+            self._values[key] = value.encode() if isinstance(value, str) else bytes(value)
+            self._changed.notify_all()
+
+    def get(self, key: str) -> bytes:
+        """A value, waited for."""
+        self.wait([key])
+        with self._changed:
+            return self._values[key]
+
+    def wait(self, keys: list[str], timeout: datetime.timedelta | None = None) -> None:
+        """Returns when all keys are there; raises when the gate gives up."""
+        with self._changed:
+            while any(key not in self._values for key in keys):
+                self._give_up()
+                self._changed.wait(_POLL_S)
+
+    def compare_set(self, key: str, expected: bytes | str, desired: bytes | str) -> bytes:
+        """Sets a value if it is what is expected, or if nothing is expected and it is not there."""
+        wanted = expected.encode() if isinstance(expected, str) else bytes(expected)
+        with self._changed:
+            known = self._values.get(key)
+            if (known is None and not wanted) or known == wanted:
+                self._values[key] = desired.encode() if isinstance(desired, str) else bytes(desired)
+                self._changed.notify_all()
+            return self._values.get(key, wanted)
+
+
+@dataclass
+class Member:
+    """A worker that has joined.
+
+    Attributes:
+        identity: what it said of itself.
+        connection: open for as long as it lives.
+        address: the client's own address as the worker reaches it.
+        ending: how it ended, if it did.
+    """
+
+    identity: Identity
+    connection: socket.socket
+    address: str
+    ending: str | None = None
+
+
+@dataclass
+class Gate:
+    """Listens for workers, and holds a connection to each that has joined.
+
+    Args:
+        listen: "HOST:PORT".
+        token: what workers must know.
+        wanted: the devices of each worker that is waited for, by name.
+        session: told to workers, like
+        threads: the number of threads of one operation.
+
+    Raises:
+        DeviceError: the address is none, or cannot be listened at.
+    """
+
+    listen: str
+    token: str
+    wanted: Mapping[str, Sequence[str]]
+    session: str
+    threads: int
+    members: dict[str, Member] = field(default_factory=dict)
+    has_problem: WorkerError | None = None
+
+    def __post_init__(self) -> None:
+        """Begins to listen."""
+        host, port = parse_address(self.listen, "listen")
+        self.store = MeetingStore(self.check)
+        self._identity = Identity.of_this_process("client")
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._pending: set[socket.socket] = set()
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            self._server = socket.create_server((host, port), family=family, backlog=64)
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            raise DeviceError(
+                "the address is in use already" if taken else "cannot listen at this address",
+                where="listen",
+                found=f"{self.listen}: {error.strerror or error}",
+                allowed="a free port of an address of this host",
+                hint="another port; or close the other pipeline" if taken else "an address of this host (ip addr)",
+            ) from error
+        threading.Thread(target=self._accept, name="fxsplit gate", daemon=True).start()
+
+    @property
+    def missing(self) -> list[str]:
+        """The workers that have not joined."""
+        with self._lock:
+            return [name for name in self.wanted if name not in self.members]
+
+    def check(self) -> None:
+        """Raises what went wrong with a worker that has joined, or wanted to.
+
+        Raises:
+            WorkerError: that.
+        """
+        if self.has_problem is not None:
+            raise self.has_problem
+        if self._is_closed:
+            raise WorkerError("the pipeline was closed while workers joined")
+        if reason := self.lost():
+            raise WorkerError(f"a worker did not start: {reason}")
+
+    def await_all(self, timeout_s: float, check: Callable[[], None]) -> None:
+        """Returns when all workers have joined.
+
+        Raises:
+            WorkerError: one is refused, or they did not come in time.
+        """
+        end = time.monotonic() + timeout_s
+        while missing := self.missing:
+            self.check()
+            check()
+            if time.monotonic() > end:
+                raise WorkerError(
+                    "workers did not join in time",
+                    where=f"listening at {self.listen}",
+                    found=", ".join(missing),
+                    allowed=f"{timeout_s:.0f} s",
+                    hint=f"on their machines: fxsplit worker --join {self.listen} --name {missing[0]}",
+                )
+            time.sleep(_POLL_S)
+
+    def lost(self) -> str | None:
+        """The first worker whose connection has ended."""
+        with self._lock:
+            ended = [member for member in self.members.values() if member.ending is not None]
+        if not ended:
+            return None
+        who = ended[0].identity
+        return f"worker {who.name} (process {who.pid} on {who.host}) {ended[0].ending}"
+
+    def close(self) -> None:
+        """Stops listening and hangs up: a worker that loses its connection ends."""
+        self._is_closed = True
+        _close(self._server)
+        with self._lock:
+            connections = [*self._pending, *(member.connection for member in self.members.values())]
+        for connection in connections:
+            _close(connection)
+
+    # ------------------------------------------------------------------ threads
+
+    def _accept(self) -> None:
+        while not self._is_closed:
+            try:
+                connection, _ = self._server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), name="fxsplit joined", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        """One worker, from its first word to its last."""
+        with self._lock:
+            self._pending.add(connection)
+        member = None
+        try:
+            connection.settimeout(_HANDSHAKE_S)
+            member = self._admit(connection)
+            connection.settimeout(None)
+            keep_alive(connection)
+            while True:
+                send_message(connection, self._answer(receive_message(connection)))
+        except Refused as error:
+            self._refuse(connection, error)
+        except (OSError, WorkerError) as error:
+            if member is not None:
+                member.ending = f"ended its connection ({error})"
+        finally:
+            _close(connection)
+            with self._lock:
+                self._pending.discard(connection)
+
+    def _refuse(self, connection: socket.socket, error: Refused) -> None:
+        with contextlib.suppress(OSError):
+            send_message(connection, refusal_of(error))
+            connection.shutdown(socket.SHUT_WR)
+            connection.settimeout(1.0)
+            connection.recv(1)  # or a reset would overtake the message
+        if self.missing and not self._is_closed:
+            if isinstance(error, _Stranger):
+                warnings.warn(f"a worker was refused: {error}", stacklevel=2)
+            else:
+                self.has_problem = error
+
+    def _admit(self, connection: socket.socket) -> Member:
+        """The handshake.
+
+        Raises:
+            Refused: who is there does not know the token, is not waited for, or does not fit.
+        """
+        ours = secrets.token_hex(16)
+        send_message(connection, {"fxsplit": "client", "nonce": ours})
+        try:
+            hello = receive_message(connection)
+        except Refused as error:
+            raise ConnectionError("no worker of fxsplit") from error
+        theirs = str(hello.get("nonce"))
+        if not is_proof(hello.get("proof"), proof(self.token, "worker", ours, theirs)):
+            peer = connection.getpeername()[0]
+            raise _Stranger(
+                "the token is not the client's",
+                where=f"a worker from {peer}",
+                allowed="the token that the client was given or has printed",
+                hint="set FXSPLIT_TOKEN to the same value on both sides",
+            )
+        identity = Identity.from_json(hello.get("identity"))
+        identity.check_versions(self._identity)
+        if identity.name not in self.wanted:
+            raise Refused(
+                "a worker has a name that the client does not know",
+                where=f"{identity.host}, process {identity.pid}",
+                found=identity.name,
+                allowed=", ".join(self.wanted),
+                hint="--name of the worker must be a name in the client's devices",
+            )
+        identity.check_devices(self.wanted[identity.name])
+        with self._lock:
+            if identity.name in self.members:
+                first = self.members[identity.name].identity
+                raise Refused(
+                    "a worker of this name has joined already",
+                    where=f"{identity.host}, process {identity.pid}",
+                    found=f"{identity.name}, which is process {first.pid} on {first.host}",
+                    allowed="one worker of each name",
+                )
+            member = Member(identity, connection, connection.getsockname()[0])
+            rank = 1 + list(self.wanted).index(identity.name)
+            welcome = {"session": self.session, "rank": rank, "world_size": 1 + len(self.wanted)}
+            answer = proof(self.token, "client", theirs, ours)
+            send_message(connection, {**welcome, "threads": self.threads, "proof": answer})
+            self.members[identity.name] = member
+        return member
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the store says to a member."""
+        kind, key = request.get("do"), str(request.get("key"))
+        if kind == "set":
+            self.store.set(key, base64.b64decode(request["value"]))
+            return {}
+        if kind == "get":
+            return {"value": base64.b64encode(self.store.get(key)).decode()}
+        if kind == "wait":
+            self.store.wait([str(key) for key in request["keys"]])
+            return {}
+        if kind == "compare_set":
+            expected, desired = base64.b64decode(request["expected"]), base64.b64decode(request["desired"])
+            return {"value": base64.b64encode(self.store.compare_set(key, expected, desired)).decode()}
+        raise Refused("an unknown request", found=repr(kind), allowed="set, get, wait, compare_set")
+
+
+class _Stranger(Refused):
+    """Someone without the token: no reason to give up, since anybody can connect."""
+
+
+def _close(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
+    connection.close()

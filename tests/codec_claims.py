@@ -60,7 +60,7 @@ def own_bound(codec: Compressor, x: Tensor) -> float | None:
         significant, smallest = (2.0**-4, 2.0**-10) if codec.format == "e4m3" else (2.0**-3, 2.0**-17)
         return times * (significant * largest + smallest * float(codec.encode(x)[1].max())) + output
     if isinstance(codec, KMeans):
-        layout = Layout.of(TensorSpec.of(x), codec.group)
+        layout = Layout.of(TensorSpec.of(x), codec.group_for(TensorSpec.of(x)))
         rows = layout.rows(x.double().reshape(-1)).reshape(layout.groups, -1, 1)
         codebook = codec.encode(x)[1].double().view(layout.groups, 1, -1)
         if codec.rounding == "stochastic":

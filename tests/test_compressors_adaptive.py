@@ -48,8 +48,8 @@ def test_adaptive_beats_the_same_bits_for_all(bits: int) -> None:
     """At the same bytes, but for one a channel."""
     x = uneven().repeat(8, 1, 1, 1)
     spec, plain = TensorSpec.of(x), f"kmeans{bits}(group=channel)"
-    assert compressor(f"adaptive{bits}").wire_bytes(spec) == compressor(plain).wire_bytes(spec) + 16
-    assert error(f"adaptive{bits}", x) < 0.75 * error(plain, x)
+    assert compressor(f"adaptive{bits}(group=channel)").wire_bytes(spec) == compressor(plain).wire_bytes(spec) + 16
+    assert error(f"adaptive{bits}(group=channel)", x) < 0.75 * error(plain, x)
 
 
 @pytest.mark.parametrize("group", ["tensor", "sample", "channel", 8])
@@ -68,9 +68,10 @@ def test_adaptive_is_kmeans_where_groups_are_equal(shape: tuple[int, ...], group
 def test_adaptive_gives_no_bits_to_what_is_constant() -> None:
     x = uneven()
     x[:, 3] = 0.7
-    given, _ = compressor("adaptive3").encode(x)
+    codec = compressor("adaptive3(group=channel)")
+    given, buffer = codec.encode(x)
     assert int(given[3]) == 0 and given.tolist()[-1] > 3
-    decoded = compressor("adaptive3").decode(compressor("adaptive3").encode(x), TensorSpec.of(x))
+    decoded = codec.decode((given, buffer), TensorSpec.of(x))
     assert torch.equal(decoded[:, 3], x[:, 3])
 
 
@@ -79,7 +80,7 @@ def test_adaptive_does_not_depend_on_how_much_is_done_at_once(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = gaussian(*shape) * torch.logspace(-2, 0, shape[-1])
-    for spelling in ("adaptive3", "adaptive2(group=sample, rounding=stochastic)"):
+    for spelling in ("adaptive3(group=channel)", "adaptive2(group=sample, rounding=stochastic)"):
         codec = compressor(spelling)
         whole = codec.encode(x)
         decoded = codec.decode(whole, TensorSpec.of(x))
@@ -92,7 +93,7 @@ def test_adaptive_does_not_depend_on_how_much_is_done_at_once(
 
 def test_adaptive_stochastic_keeps_the_mean() -> None:
     x = uneven().repeat(8, 1, 1, 1)
-    codec = compressor("adaptive3(rounding=stochastic)")
+    codec = compressor("adaptive3(group=channel, rounding=stochastic)")
     assert int(codec.encode(x)[0].min()) >= 1
     lost = (codec.decode(codec.encode(x), TensorSpec.of(x)) - x).double()
     for channel in lost.transpose(0, 1).flatten(1):
@@ -101,9 +102,9 @@ def test_adaptive_stochastic_keeps_the_mean() -> None:
 
 def test_adaptive_refuses_another_payload() -> None:
     x = uneven()
-    given, buffer = compressor("adaptive3").encode(x)
+    given, buffer = compressor("adaptive3(group=channel)").encode(x)
     with pytest.raises(CompressorError, match="not a payload"):
-        compressor("adaptive3").decode((torch.full_like(given, 8), buffer), TensorSpec.of(x))
+        compressor("adaptive3(group=channel)").decode((torch.full_like(given, 8), buffer), TensorSpec.of(x))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -17,7 +17,7 @@ from fxsplit.compressors.grouping import AUTO, Layout, check_group, check_roundi
 from fxsplit.compressors.kernels import kernels_for
 from fxsplit.compressors.kmeans import MIN_SAMPLE
 from fxsplit.compressors.packing import packed_bytes
-from fxsplit.compressors.quantization import milder
+from fxsplit.compressors.uniform import milder
 from fxsplit.errors import CompressorError
 from fxsplit.spec import TensorSpec
 

@@ -149,7 +149,8 @@ def group_of(group: str | int, spec: TensorSpec, bits: int, table_bytes: int) ->
     if group != AUTO:
         return group
     groups = Layout.of(spec, "channel").groups
-    return "channel" if 8 * TABLE_SHARE * groups * table_bytes <= spec.numel * bits else "tensor"
+    fits = 8 * TABLE_SHARE * groups * table_bytes <= spec.numel * bits
+    return "channel" if groups > 1 and fits else "tensor"
 
 
 def sample_stride(count: int, sample: int) -> int:

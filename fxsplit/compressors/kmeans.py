@@ -16,7 +16,7 @@ from fxsplit.compressors.floating import check_floating, not_finite, plain, wide
 from fxsplit.compressors.grouping import AUTO, Layout, check_group, check_rounding, group_of
 from fxsplit.compressors.kernels import kernels_for
 from fxsplit.compressors.packing import packed_bytes
-from fxsplit.compressors.quantization import milder
+from fxsplit.compressors.uniform import milder
 from fxsplit.spec import TensorSpec
 
 MIN_SAMPLE = 64
@@ -81,7 +81,7 @@ class KMeans(Compressor):
                 cannot be divided into blocks of `group` elements.
         """
         check_floating(self, spec)
-        group = self._group(spec)
+        group = self.group_for(spec)
         groups = () if group == "tensor" else (Layout.of(spec, group).groups,)
         codes = TensorSpec((packed_bytes(spec.numel, self.bits),), torch.uint8)
         return codes, TensorSpec((*groups, 1 << self.bits), wide_dtype(spec.dtype))
@@ -116,7 +116,7 @@ class KMeans(Compressor):
         """
         self.check_payload(payload, spec)
         packed, codebook = payload
-        layout = Layout.of(spec, self._group(spec))
+        layout = Layout.of(spec, self.group_for(spec))
         book = codebook.view(layout.groups, 1 << self.bits)
         return codebook_codes.decode(packed, book, layout, spec, kernels_for(packed.device, spec.numel))
 
@@ -124,7 +124,8 @@ class KMeans(Compressor):
         """Itself with 8 bits, else uniform quantization to 8 bits: gradients have heavier tails."""
         return milder(self, self.bits)
 
-    def _group(self, spec: TensorSpec) -> str | int:
+    def group_for(self, spec: TensorSpec) -> str | int:
+        """The groups of a tensor of this spec: `group`, with "auto" decided."""
         return group_of(self.group, spec, self.bits, wide_dtype(spec.dtype).itemsize << self.bits)
 
     def _encode(self, x: Tensor, start: Tensor | None) -> tuple[Tensor, ...]:
@@ -132,7 +133,7 @@ class KMeans(Compressor):
         values = plain(x).view(-1)
         if values.numel() == 0:
             return tuple(torch.zeros(s.shape, dtype=s.dtype, device=x.device) for s in (codes_spec, table_spec))
-        layout = Layout.of(TensorSpec.of(x), self._group(TensorSpec.of(x)))
+        layout = Layout.of(TensorSpec.of(x), self.group_for(TensorSpec.of(x)))
         kernels, stochastic = kernels_for(values.device, values.numel()), self.rounding == "stochastic"
         extremes = kernels.extremes(values, layout)
         if not bool(extremes.isfinite().all()):

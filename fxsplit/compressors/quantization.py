@@ -88,7 +88,7 @@ class Quantization(Compressor):
                 be divided into blocks of `group` elements.
         """
         check_floating(self, spec)
-        group = self._group(spec)
+        group = self.group_for(spec)
         groups = () if group == "tensor" else (Layout.of(spec, group).groups,)
         codes = TensorSpec((packed_bytes(spec.numel, self.bits),), torch.uint8)
         return codes, TensorSpec((2, *groups, 1 << self.split_bits), wide_dtype(spec.dtype))
@@ -151,25 +151,15 @@ class Quantization(Compressor):
         table = table.reshape(2, scheme.layout.groups, scheme.buckets)
         return kernels_for(codes.device, spec.numel).decode(codes, table, scheme, spec)
 
-    def for_gradients(self) -> Compressor:
-        """Itself from 8 bits on, else uniform quantization to 8 bits: gradients have heavier tails."""
-        return milder(self, self.bits)
-
-    def _group(self, spec: TensorSpec) -> str | int:
+    def group_for(self, spec: TensorSpec) -> str | int:
+        """The groups of a tensor of this spec: `group`, with "auto" decided."""
         table_bytes = 2 * wide_dtype(spec.dtype).itemsize << self.split_bits
         return group_of(self.group, spec, self.bits, table_bytes)
 
     def _scheme(self, spec: TensorSpec) -> Scheme:
         return Scheme(
-            Layout.of(spec, self._group(spec)),
+            Layout.of(spec, self.group_for(spec)),
             self.bits,
             self.split_bits,
             stochastic=self.rounding == "stochastic",
         )
-
-
-def milder(codec: Compressor, bits: int) -> Compressor:
-    """What the gradients of what a quantizer compresses go through: the same from 8 bits on, else `uniform8`."""
-    from fxsplit.compressors.uniform import Uniform  # which is made of this module
-
-    return codec if bits >= 8 else Uniform(8)

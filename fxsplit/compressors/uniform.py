@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from fxsplit.compressors.base import Compressor
 from fxsplit.compressors.grouping import AUTO, Layout
 from fxsplit.compressors.quantization import Quantization
 from fxsplit.compressors.ranges import RangeRule
@@ -41,3 +42,12 @@ class Uniform(Quantization):
     def rule(self, layout: Layout) -> RangeRule:
         """The minimum and the maximum of all values of each group."""
         return RangeRule(1)
+
+    def for_gradients(self) -> Compressor:
+        """Itself from 8 bits on, else with 8 bits."""
+        return milder(self, self.bits)
+
+
+def milder(codec: Compressor, bits: int) -> Compressor:
+    """What gradients go through where activations go through a quantizer: that from 8 bits on, else `uniform8`."""
+    return codec if bits >= 8 else Uniform(8)

@@ -24,6 +24,7 @@ from fxsplit.planning import plan as make_plan
 from fxsplit.planning.planner import check_chunks
 from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.runtime.built import Built
+from fxsplit.runtime.checkpointing import parse_policies
 from fxsplit.runtime.deferred_batch_norm import check_batch_norms
 from fxsplit.runtime.pipeline import Pipeline
 from fxsplit.runtime.transports import listening
@@ -50,6 +51,7 @@ def compile(
     transport: str = "rpc",
     verify: bool = True,
     deferred_batch_norm: bool = False,
+    checkpoint: str | Sequence[str] = "never",
     listen: str | None = None,
     token: str | None = None,
 ) -> Pipeline:
@@ -80,6 +82,8 @@ def compile(
             Each micro-batch is normalised by its own statistics in either case, so outputs and gradients are the
             same. With `chunks=1` the running statistics are the model's, but for the rounding of the last bits.
             SyncBatchNorm is refused.
+        checkpoint: "always" keeps the inputs of a stage and computes the rest again in its backward; "except_last"
+            spares the last micro-batch; "never". One for all stages, or a list of one for each.
         listen: "HOST:PORT" at which the named workers join from other machines, by `fxsplit worker --join`; see
             docs/security.md. "torchrun": rank 0 is the client, and on every other rank this call is
             `fxsplit.serve()`. Not given: all workers are processes of this host.
@@ -102,6 +106,7 @@ def compile(
     check_chunks(chunks)
     find_schedule(schedule).orders([p.worker for p in placements], chunks, Times.unit(len(placements)))
     check_names(model, cuts or ())
+    policies = parse_policies(checkpoint, len(placements))
     if deferred_batch_norm:
         check_batch_norms(model)
     chosen = find_transport(transport) if listen is None else listening(listen, token, placements, transport)
@@ -111,7 +116,7 @@ def compile(
     builder = _Builder(model, placements, plan, options, verify, deferred_batch_norm)
     built = None if example_inputs is None else builder(Arguments.of(example_inputs), None, False)
     has_learned = any(split_learned(codec)[0] is not None for codec in codecs.forward)
-    return Pipeline(model, placements, chunks, chosen, builder, built, deferred_batch_norm, has_learned)
+    return Pipeline(model, placements, chunks, chosen, builder, built, deferred_batch_norm, has_learned, policies)
 
 
 @dataclass

@@ -60,11 +60,14 @@ class Run:
 class Engine:
     """Runs split models over a transport. Not safe to call from several threads at once."""
 
-    def __init__(self, transport: Transport, deferred_batch_norm: bool = False) -> None:
+    def __init__(
+        self, transport: Transport, deferred_batch_norm: bool = False, checkpoint: Sequence[str] = ()
+    ) -> None:
         self.metrics = Metrics()
         self.remote: tuple[str, ...] = ()
         self._transport = transport
         self._deferred_batch_norm = deferred_batch_norm
+        self._checkpoint = tuple(checkpoint)
         self._endpoint: Endpoint | None = None
         self._worker: Worker | None = None
         self._numbers = itertools.count(1)
@@ -107,7 +110,8 @@ class Engine:
             held = {i: split.stages[i] for i, name in enumerate(plan.workers) if name == worker}
             devices = {part.stage: part.device.rpartition("/")[2] for part in plan.parts if part.stage in held}
             arguments = (*shipping.dump(held), devices, plan.workers, canonical, guarded, TorchSettings.current())
-            futures[worker] = self._call(worker, "load", *arguments, self._deferred_batch_norm)
+            options = self._deferred_batch_norm, self._checkpoint
+            futures[worker] = self._call(worker, "load", *arguments, *options)
         self._gather(futures)
 
     # ------------------------------------------------------------------ commands

@@ -27,8 +27,9 @@ from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.gradients import Gradients
 from fxsplit.runtime.homes import canonical_names, homes_of
 from fxsplit.runtime.metrics import Metrics
+from fxsplit.runtime.module_view import ModuleView
 from fxsplit.runtime.optimizer import ParameterHandle, PipelineOptimizer
-from fxsplit.runtime.steps import StepRequest, StepResult
+from fxsplit.runtime.steps import StepReport, StepRequest, StepResult
 from fxsplit.runtime.training_state import TrainingState, check_keys, on_cpu
 from fxsplit.runtime.transport import Transport
 from fxsplit.runtime.warm_up import warm_up
@@ -40,7 +41,7 @@ from fxsplit.trace.traced import TracedModel, mode_name
 from fxsplit.trace.verify import keeping_modes
 
 
-class Pipeline:
+class Pipeline(ModuleView):
     """A compiled model. `fxsplit.compile` makes it.
 
     It is called as the model is, and returns what the model returns, on the client's device, where autograd
@@ -61,6 +62,7 @@ class Pipeline:
         built: Built | None = None,
         deferred_batch_norm: bool = False,
         has_learned: bool = False,
+        checkpoint: Sequence[str] = (),
     ) -> None:
         self.training = model.training
         self._name = type(model).__name__
@@ -69,10 +71,11 @@ class Pipeline:
         self._builder = builder
         self._variants: list[Built] = []
         self._has_learned = has_learned
+        self._callbacks: list[Callable[[StepReport], Any]] = []
         self._model = model
         self._state_keys = list(model.state_dict())
         self._canonical = canonical_names(model)
-        self._engine = Engine(transport, deferred_batch_norm)
+        self._engine = Engine(transport, deferred_batch_norm, checkpoint)
         self._gradients = Gradients(self._engine)
         self._handles = OrderedDict(
             (name, ParameterHandle(name, parameter, self._gradients))
@@ -108,6 +111,7 @@ class Pipeline:
         target: Any = None,
         loss_fn: Callable[..., Any],
         reduction: Literal["mean", "sum"] | None = None,
+        loss_scale: float | Tensor = 1.0,
         return_output: bool = True,
         **kwargs: Any,
     ) -> StepResult:
@@ -122,6 +126,8 @@ class Pipeline:
             loss_fn: called with a micro-batch's output and target (or output alone, if there is none) where the
                 last stage is, to which both are sent.
             reduction: of the loss over samples; its own attribute `reduction` if not given, else "mean".
+            loss_scale: factor of the gradients, not of the loss that is returned; `scaler.get_scale()` of a
+                `torch.amp.GradScaler`, whose `step` and `update` then follow.
             return_output: whether the outputs are brought to the client.
             **kwargs: inputs of the model.
 
@@ -133,7 +139,7 @@ class Pipeline:
             WorkerError: a worker failed or was lost.
         """
         workers = tuple(placement.worker for placement in self._placements)
-        request = StepRequest(target, loss_fn, reduction, return_output, workers)
+        request = StepRequest(target, loss_fn, reduction, float(loss_scale), return_output, workers)
 
         def run(number: int, leaves: Sequence[Any]) -> StepResult:
             layout = self._variants[number].rewritten.graph(self.training).output
@@ -141,8 +147,15 @@ class Pipeline:
 
         self._require_open()
         request.check(pytree.tree_leaves((args, kwargs)))
+        before = self.metrics.total_s
         result: StepResult = self._dispatch(Arguments(args, kwargs), run)
+        for callback in self._callbacks:
+            callback(StepReport(self.metrics.calls, result.loss, self.metrics.total_s - before, self.metrics))
         return result
+
+    def on_step(self, callback: Callable[[StepReport], Any]) -> None:
+        """Has a function called after each `step`, in the order in which they were given."""
+        self._callbacks.append(callback)
 
     def _dispatch(self, arguments: Arguments, run: Callable[[int, Sequence[Any]], Any]) -> Any:
         """Runs a batch with one of the recorded graphs, recording another if none is for it."""
@@ -157,6 +170,7 @@ class Pipeline:
         if not numbers:
             reason = f"it was called in another way, in {mode_name(self.training)} mode"
             numbers = [self._add_variant(arguments, reason, exact=False)]
+        self._gradients.share_frozen(self._handles.values())
         random_state = torch.get_rng_state()
         for number in reversed(numbers):
             try:
@@ -206,7 +220,7 @@ class Pipeline:
         self._adopt_inserted(split_model)
         homes = homes_of(variants[0].plan, split_model, self._canonical)
         self._engine.load(split_model, variants[0].plan, self._canonical)
-        self._gradients.set_homes(homes)
+        self._gradients.set_homes(homes, {n: h.requires_grad for n, h in self._handles.items()})
         if state is not None:
             state.restore(self._engine, self._gradients)
         self._variants = variants
@@ -236,38 +250,6 @@ class Pipeline:
             self._model.load_state_dict(before)
 
     # ------------------------------------------------------------------ as a module
-
-    def train(self, mode: bool = True) -> Pipeline:
-        """Sets training mode, as `torch.nn.Module.train` does."""
-        self.training = mode
-        return self
-
-    def eval(self) -> Pipeline:
-        """Sets evaluation mode."""
-        return self.train(False)
-
-    def named_parameters(self) -> Iterator[tuple[str, ParameterHandle]]:
-        """The model's parameters by name, as handles."""
-        yield from self._handles.items()
-
-    def parameters(self) -> Iterator[ParameterHandle]:
-        """The model's parameters, as handles."""
-        yield from self._handles.values()
-
-    def zero_grad(self) -> None:
-        """Clears all gradients."""
-        self._require_built("zero_grad")
-        self._gradients.clear(list(self._handles))
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Every gradient by parameter name, on the CPU: a transfer of all of them, for looking, not for steps."""
-        self._require_built("gradients")
-        return self._gradients.get()
-
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clips the gradients of all stages by their norm together; returns the norm before, as torch does."""
-        self._require_built("clip_grad_norm_")
-        return self._gradients.clip_norm(max_norm, norm_type)
 
     def optimizer(
         self, kind: type[Optimizer], parameters: Iterable[Any] | None = None, **options: Any
@@ -368,9 +350,13 @@ class Pipeline:
         Raises:
             PipelineError: no step was run yet, or the file cannot be written.
         """
-        self._require_built("trace")
+        timeline.write(path, self.events())
+
+    def events(self) -> list[dict[str, Any]]:
+        """What the latest steps did and when, in the trace event format, by the client's clock."""
+        self._require_built("events")
         clocks = timeline.clock_offsets_s(self._engine.remote, lambda worker: self._engine.call(worker, "clock"))
-        timeline.write(path, timeline.events(self.metrics.reports, clocks))
+        return timeline.events(self.metrics.reports, clocks)
 
     @property
     def workers(self) -> tuple[WorkerInfo, ...]:

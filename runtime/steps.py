@@ -13,6 +13,7 @@ from fxsplit.errors import InputError, PipelineError
 from fxsplit.runtime.batches import cut_batch
 from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.loss import Loss, cut_target, weights_of
+from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.transport import CLIENT_NAME
 from fxsplit.stage import Mode
 from fxsplit.trace.call import batch_size
@@ -31,6 +32,22 @@ class StepResult(NamedTuple):
     output: Any
 
 
+class StepReport(NamedTuple):
+    """What a callback of `Pipeline.on_step` is told.
+
+    Attributes:
+        number: of the steps and calls so far.
+        loss: of the batch.
+        step_s: seconds of this step, without the optimizer's.
+        metrics: the pipeline's, which go on.
+    """
+
+    number: int
+    loss: Tensor
+    step_s: float
+    metrics: Metrics
+
+
 @dataclass(frozen=True)
 class StepRequest:
     """What a step is asked for, beside the model's inputs.
@@ -39,6 +56,7 @@ class StepRequest:
         target: what the loss compares with; see `cut_target`.
         loss_fn: the loss of output and target.
         reduction: what it does over samples; see `weights_of`.
+        loss_scale: factor of the gradients.
         returns_output: whether the outputs come to the client.
         workers: the worker of each stage.
     """
@@ -46,6 +64,7 @@ class StepRequest:
     target: Any
     loss_fn: Callable[..., Any]
     reduction: str | None
+    loss_scale: float
     returns_output: bool
     workers: tuple[str, ...]
 
@@ -110,6 +129,7 @@ class StepRequest:
             layout=layout,
             worker=self.workers[-1],
             last_stage=len(self.workers) - 1,
+            scale=self.loss_scale,
             returns_outputs=self.returns_output,
         )
         rows = [[leaf for leaf in row if isinstance(leaf, Tensor)] for row in cut_batch(leaves, samples, chunks)]

@@ -84,6 +84,7 @@ class Worker:
         guarded: Set[Mode],
         settings: TorchSettings,
         deferred_batch_norm: bool,
+        checkpoint: Sequence[str],
     ) -> None:
         """Takes the stages over.
 
@@ -96,6 +97,7 @@ class Worker:
             guarded: the modes in which some stage may refuse a batch.
             settings: the client's precision and determinism.
             deferred_batch_norm: running statistics are those of whole batches.
+            checkpoint: the policy of every stage; none if they are "never" checkpointed.
         """
         settings.apply()
         stages = shipping.load(data, tensors)
@@ -103,7 +105,7 @@ class Worker:
         for number, module in stages.items():
             module.to(placed[number])
         batch_norms = DeferredBatchNorm(stages.values() if deferred_batch_norm else ())
-        self._holding = Holding(stages, placed, tuple(workers), batch_norms)
+        self._holding = Holding(stages, placed, tuple(workers), batch_norms, tuple(checkpoint))
         self._guarded = guarded
         self._memories.clear()
         self._shrinking = [m for stage in stages.values() for m in stage.modules() if isinstance(m, Shrink)]

@@ -22,6 +22,8 @@ HERE = Path(__file__).parent
 README = HERE / "README.md"
 RESULTS = HERE / "results.json"
 PEER = Contender(None, 4)
+PAYLOAD_SHARE = 1448 / 1514
+"""Of a full Ethernet frame. The shaper counts the headers of every segment, the interface those of merged ones."""
 CONTENDERS: Mapping[str, Sequence[Contender]] = {
     "unshaped": (
         PEER,
@@ -96,19 +98,22 @@ def bound_s(row: Row, chunks: int, link: str) -> float:
     """Seconds below which a step cannot come: of each resource its work, and what comes before and after it.
 
     A resource is the server's computation, or one direction of the link at its nominal rate with the bytes that
-    the interface counted; before and after it comes what the first and the last micro-batch need.
+    the interface counted; before and after it comes what the first and the last micro-batch need. Nobody waits for
+    the server's weight gradients, if its backwards are in two parts.
     """
-    rate = float("inf") if link == "unshaped" else float(link.removesuffix("mbit")) * 1e6 / 8
+    rate = float("inf") if link == "unshaped" else float(link.removesuffix("mbit")) * 1e6 / 8 * PAYLOAD_SHARE
     out, back = row["sent_bytes"] / rate, row["received_bytes"] / rate
     client, server = row["client_compute_s"], row["server_compute_s"]
     code_out = row["client_encode_s"] + row["server_decode_s"]
     code_back = row["server_encode_s"] + row["client_decode_s"]
+    awaited = server - row["server_weight_s"]
     one = 1.0 / chunks
     ways = (
-        out + one * (client + code_out + server + code_back + back),
-        server + one * (client + code_out + out + code_back + back),
-        back + one * (client + code_out + out + server + code_back),
-        client + one * (code_out + out + server + code_back + back),
+        out + one * (client + code_out + awaited + code_back + back),
+        server + one * (client + code_out + out),
+        awaited + one * (client + code_out + out + code_back + back),
+        back + one * (client + code_out + out + awaited + code_back),
+        client + one * (code_out + out + awaited + code_back + back),
     )
     return max(ways)
 

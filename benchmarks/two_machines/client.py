@@ -57,6 +57,12 @@ def main(
             for name, worker in pipe.metrics.workers.items():
                 for what in ("compute_s", "encode_s", "decode_s", "wait_s"):
                     line[f"{name}_{what}"] = getattr(worker, what)
+            line["server_weight_s"] = sum(
+                span.seconds
+                for name, spans in pipe.metrics.reports
+                for span in spans
+                if name == "server" and span.kind == "W"
+            )
             print(json.dumps(line), flush=True)
 
 

@@ -13,7 +13,8 @@ from fxsplit.spec import TensorSpec
 
 ELEMENTWISE = [
     *("none", "fp16", "bf16", "fp8", "uniform2(group=tensor)", "uniform8", "uniform8(group=channel)"),
-    *("sortquant8", "sortquant4(split=2, rounding=stochastic)", "fastquant12", "kmeans3"),
+    *("sortquant8", "sortquant4(split=2, rounding=stochastic)", "fastquant12"),
+    "kmeans3(group=tensor)",
 ]
 """Their bytes are in proportion to the elements, and a table beside them."""
 

@@ -13,7 +13,12 @@ from fxsplit.spec import TensorSpec
 
 ELEMENTWISE = [
     *("none", "fp16", "bf16", "fp8", "uniform2", "uniform8", "uniform8(group=channel)", "sortquant8"),
-    *("sortquant4(split=2, rounding=stochastic)", "fastquant12", "kmeans3(group=tensor)", "kmeans4(group=channel)"),
+    *(
+        "sortquant4(split=2, rounding=stochastic)",
+        "fastquant12",
+        "kmeans3(group=tensor)",
+        "kmeans4(group=channel)",
+    ),
 ]
 """Their bytes are in proportion to the elements, and a table beside them."""
 

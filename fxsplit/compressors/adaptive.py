@@ -179,10 +179,9 @@ class Adaptive(Compressor):
         measured = range(least, min(self.bits + MEASURED_MORE, most) + 1)
         errors = torch.empty(layout.groups, len(measured), dtype=torch.float64, device=values.device)
         for some, ordered in sorted_samples(values, layout, extremes, self._sampled(layout)):
-            sample = Sample(ordered)
-            for column, bits in enumerate(measured):
-                book = codebooks(sample, 1 << bits, TRIED_ITERATIONS) / sample.scale
-                errors[some, column] = (sample.cost(book) * sample.scale * sample.scale)[:, 0]
+            errors[some] = torch.cat(
+                [_error(sample, bits) for sample in [Sample(ordered)] for bits in measured], 1
+            )
         gains = [-errors.cpu().diff(dim=1)]
         gains += [gains[0][:, -1:] / 4**more for more in range(1, most - measured[-1] + 1)]
         costs = _costs(layout, spec)
@@ -252,6 +251,12 @@ class _Run:
     where: tuple[slice, slice | Tensor]
     outer: int
     first: int
+
+
+def _error(sample: Sample, bits: int) -> Tensor:
+    """About the least squared error of each group with so many bits, less that of zeros: float64 `[groups, 1]`."""
+    book = codebooks(sample, 1 << bits, TRIED_ITERATIONS) / sample.scale
+    return sample.cost(book) * sample.scale * sample.scale
 
 
 def _group_bytes(size: int, bits: int, spec: TensorSpec) -> int:

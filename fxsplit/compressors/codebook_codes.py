@@ -54,7 +54,7 @@ def encode_at_random(values: Tensor, codebook: Tensor, layout: Layout, first: in
         group = element_groups(start, length, layout, device)
         lower = search(values[start : start + length], group)
         index = torch.stack((lower, (lower + 1).clamp_(max=last))).long()
-        below, above = wide[0][index] if group is None else wide[group].gather(1, index.t()).t()
+        below, above = wide.view(-1)[index if group is None else index.add_(group, alpha=last + 1)]
         span = above - below
         share = torch.where(span > 0, (block - below) / torch.where(span > 0, span, 1.0), 0.0)
         codes = lower + share.add_(dither_of(first + start, length, seed, group)).floor_().to(torch.int32)

@@ -17,8 +17,8 @@ from fxsplit.compressors.torch_kernels import sorted_rows
 EDGES = 1025
 """At most so many quantiles of a sample tell the density from which the iterations begin."""
 
-SAMPLED_AT_ONCE = 1 << 16
-"""Elements of all the samples that a CPU looks at together; an accelerator 64 times as many."""
+SAMPLED_AT_ONCE = 1 << 15
+"""Elements of all the samples that a CPU looks at together; an accelerator 128 times as many."""
 
 
 class Sample:
@@ -95,7 +95,7 @@ def sorted_samples(
     """
     device, stride = values.device, sample_stride(layout.group_size, wanted)
     chosen = torch.arange(layout.groups, device=device) if groups is None else groups
-    most = SAMPLED_AT_ONCE if device.type == "cpu" else 64 * SAMPLED_AT_ONCE
+    most = SAMPLED_AT_ONCE if device.type == "cpu" else 128 * SAMPLED_AT_ONCE
     for some in chosen.split(max(1, most * stride // layout.group_size)):
         sample = layout.sample(values, stride, some).double()
         yield some, sorted_rows(torch.cat((sample, extremes[:, some].t()), dim=1)) + 0.0

@@ -97,7 +97,8 @@ def test_the_report_fills_every_place(speed_file: Path, tmp_path: Path) -> None:
     readme.write_text(README.read_text())
     for name in SECTIONS:
         fill(readme, name, "nothing")
-    families = {"casts": ("fp16",), "uniform": ("uniform2(group=tensor)", "uniform4(group=128)"), "zstd": ("uniform4+zstd",)}
+    uniform = "uniform2(group=tensor)", "uniform4(group=128)"
+    families = {"casts": ("fp16",), "uniform": uniform, "zstd": ("uniform4+zstd",)}
     found = measure_error(None, 1, families) | {"command": "none"}
     error_file = tmp_path / "error.json"
     error_file.write_text(json.dumps(found))

@@ -131,7 +131,10 @@ _Compressor = Annotated[
     ),
 ]
 _GradientCompressor = Annotated[
-    str, typer.Option(metavar="NAME", help="For the gradients that come back.", rich_help_panel=_PLAN_PANEL)
+    str,
+    typer.Option(
+        metavar="NAME", help="For the gradients that come back: auto, same...", rich_help_panel=_PLAN_PANEL
+    ),
 ]
 _Chunks = Annotated[
     int, typer.Option(min=1, metavar="COUNT", help="Micro-batches of a batch.", rich_help_panel=_PLAN_PANEL)

@@ -29,6 +29,8 @@ SPELLINGS = [
         "kmeans3(rounding=stochastic)",
         "kmeans(iterations=0)",
     ),
+    *("fp16(rounding=stochastic)", "bf16(rounding=stochastic)", "fp8(rounding=stochastic)"),
+    *("fp8(group=channel)", "fp8(format=e5m2, group=sample, rounding=stochastic)"),
     *("fp8(format=e5m2)", "topk(ratio=0.01)", "topk(ratio=0.5)", "topk(ratio=1.0)"),
     *("poweriter(rank=1)", "poweriter(ratio=1.0, cold_iterations=5)", "svd(rank=1)", "svd(ratio=0.7)"),
 ]
@@ -50,13 +52,15 @@ def own_bound(codec: Compressor, x: Tensor) -> float | None:
     """The error of any element that the compressor's documentation allows; None if it is not known here."""
     largest = float(x.double().abs().max())
     output = torch.finfo(x.dtype).eps * largest
+    times = 2 if getattr(codec, "rounding", "") == "stochastic" else 1
     if isinstance(codec, Float16 | BFloat16):
-        return torch.finfo(codec.dtype).eps / 2 * largest + (2.0**-25 if isinstance(codec, Float16) else output)
+        smallest = 2.0**-25 if isinstance(codec, Float16) else output
+        return times * (torch.finfo(codec.dtype).eps / 2 * largest + smallest)
     if isinstance(codec, Float8):
         significant, smallest = (2.0**-4, 2.0**-10) if codec.format == "e4m3" else (2.0**-3, 2.0**-17)
-        return significant * largest + smallest * float(codec.encode(x)[1]) + output
+        return times * (significant * largest + smallest * float(codec.encode(x)[1].max())) + output
     if isinstance(codec, KMeans):
-        layout = Layout.of(TensorSpec.of(x), codec.group)
+        layout = Layout.of(TensorSpec.of(x), codec.group_for(TensorSpec.of(x)))
         rows = layout.rows(x.double().reshape(-1)).reshape(layout.groups, -1, 1)
         codebook = codec.encode(x)[1].double().view(layout.groups, 1, -1)
         if codec.rounding == "stochastic":

@@ -60,7 +60,7 @@ def test_runs_are_collected_and_reported(data: Path, tmp_path: Path, capsys: pyt
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert {row["config"]: (row["activation"], row["gradient"]) for row in rows} == {
         "none": ("none", "none"),
-        "uniform8": ("uniform8", "uniform8"),
+        "uniform8": ("uniform8(group=tensor)",) * 2,
     }
     for row in rows:
         expected = 1.0 if row["config"] == "none" else 0.25
@@ -73,7 +73,9 @@ def test_runs_are_collected_and_reported(data: Path, tmp_path: Path, capsys: pyt
     readme = tmp_path / "README.md"
     readme.write_text(README.read_text())
     main(report=out, readme=readme)
-    assert "| uniform8 | `uniform8` | `uniform8` | 0.250 | 0.250 |" in readme.read_text()
+    assert (
+        "| uniform8 | `uniform8(group=tensor)` | `uniform8(group=tensor)` | 0.250 | 0.250 |" in readme.read_text()
+    )
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
 
@@ -162,7 +164,7 @@ def test_the_table_of_configurations() -> None:
     unknown = Config("new", "nosuch8", "same", "", FAMILIES[0])
     found, refused = available([named("none"), unknown])
     assert [config.name for config in found] == ["none"] and "unknown compressor" in refused["new"]
-    assert named("uniform8").codecs() == ("uniform8", "uniform8") and named("uniform8").cuts == BOTH
+    assert named("uniform8").codecs() == ("uniform8(group=tensor)",) * 2 and named("uniform8").cuts == BOTH
 
 
 def row_of(config: str, seed: int, accuracy: float, **others: Any) -> dict[str, Any]:

@@ -97,7 +97,8 @@ def test_the_report_fills_every_place(speed_file: Path, tmp_path: Path) -> None:
     readme.write_text(README.read_text())
     for name in SECTIONS:
         fill(readme, name, "nothing")
-    families = {"casts": ("fp16",), "uniform": ("uniform2", "uniform4(group=128)"), "zstd": ("uniform4+zstd",)}
+    uniform = "uniform2(group=tensor)", "uniform4(group=128)"
+    families = {"casts": ("fp16",), "uniform": uniform, "zstd": ("uniform4+zstd",)}
     found = measure_error(None, 1, families) | {"command": "none"}
     error_file = tmp_path / "error.json"
     error_file.write_text(json.dumps(found))
@@ -108,7 +109,7 @@ def test_the_report_fills_every_place(speed_file: Path, tmp_path: Path) -> None:
     write_report([error_file, speed_file], readme)
     write_report([gpu_file], readme)
     text = readme.read_text()
-    assert "\nnothing\n" not in text and "| uniform8 | " in text and "| `uniform2` | 2.00 | " in text
+    assert "\nnothing\n" not in text and "| uniform8 | " in text and "| `uniform2(group=tensor)` | 2.00 | " in text
     assert "encode, CPU, recycled memory | " in text and "| encode, none | " in text
     for picture in ("speed.png", "error.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")

@@ -87,7 +87,9 @@ def test_bytes_on_the_wire_are_the_compressors() -> None:
     elements = 8 * 32 * 32 * 32
     assert first["compressor"] == "uniform8"
     assert first["raw_bytes"] == first["gradient_wire_bytes"] == 4 * elements
-    assert first["wire_bytes"] == elements + 8, "8 bits an element, and the least and the largest"
+    assert first["wire_bytes"] == elements + 8 * 32, (
+        "8 bits an element, and the least and the step of each channel"
+    )
 
 
 def test_a_model_file(model_file: Path) -> None:

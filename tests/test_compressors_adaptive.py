@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fxsplit.compressors import compressor
 from fxsplit.compressors.exact import exact_coding
+from fxsplit.compressors.grouping import Layout
 from fxsplit.errors import CompressorError
 from fxsplit.spec import TensorSpec
 
@@ -38,31 +38,73 @@ def test_adaptive_round_trip(shape: tuple[int, ...], dtype: torch.dtype, bits: i
         assert (decoded.double() - x.double()).abs().max() <= (x.double().max() - x.double().min()) / 2 + 1e-2
 
 
+def error(spelling: str, x: Tensor) -> float:
+    codec = compressor(spelling)
+    return float((codec.decode(codec.encode(x), TensorSpec.of(x)) - x).double().norm() / x.double().norm())
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_adaptive_beats_the_same_bits_for_all(bits: int) -> None:
-    """Against each channel with the same number of bits, by a plain fp64 reference."""
-    x = uneven()
-    decoded = compressor(f"adaptive{bits}").decode(compressor(f"adaptive{bits}").encode(x), TensorSpec.of(x))
-    rows = x.double().transpose(0, 1).reshape(16, -1)
-    low, high = rows.min(1, keepdim=True).values, rows.max(1, keepdim=True).values
-    step = (high - low) / (2**bits - 1)
-    plain = ((rows - low) / step).round() * step + low
-    assert (decoded - x).double().norm() < 0.75 * (plain - rows).norm()
+    """At the same bytes, but for one a channel."""
+    x = uneven().repeat(8, 1, 1, 1)
+    spec, plain = TensorSpec.of(x), f"kmeans{bits}(group=channel)"
+    assert compressor(f"adaptive{bits}(group=channel)").wire_bytes(spec) == compressor(plain).wire_bytes(spec) + 16
+    assert error(f"adaptive{bits}(group=channel)", x) < 0.75 * error(plain, x)
 
 
-def test_adaptive_bits_are_the_best_whole_ones() -> None:
-    """No bit moved from one channel to another makes the largest error smaller."""
+@pytest.mark.parametrize("group", ["tensor", "sample", "channel", 8])
+@pytest.mark.parametrize("shape", [(5, 8, 3, 8), (16, 24)])
+def test_adaptive_is_kmeans_where_groups_are_equal(shape: tuple[int, ...], group: str | int) -> None:
+    x = gaussian(1, 8).expand(*shape[:-1], 8).contiguous() if len(shape) == 4 else gaussian(1, 8).repeat(16, 3)
+    if group in ("channel", "sample") and len(shape) == 2:
+        x = x.t().contiguous() if group == "sample" else x[:, :1].expand(16, 24).contiguous()
+    given, _ = compressor(f"adaptive3(group={group})").encode(x)
+    groups = Layout.of(TensorSpec.of(x), group)
+    if bool((groups.rows(x.view(-1)) == groups.rows(x.view(-1))[:1]).all()):
+        assert given.tolist() == [3] * groups.groups
+        assert error(f"adaptive3(group={group})", x) == error(f"kmeans3(group={group})", x)
+
+
+def test_adaptive_gives_no_bits_to_what_is_constant() -> None:
     x = uneven()
-    _, given, _ = compressor("adaptive3").encode(x)
-    assert int(given.sum()) == 3 * 16
-    ranges = (x.amax((0, 2, 3)) - x.amin((0, 2, 3))).double().numpy()
-    errors = ranges * 0.5 ** given.numpy()
-    for giver, taker in np.ndindex(16, 16):
-        if giver != taker and given[giver] > 0 and given[taker] < 8:
-            moved = errors.copy()
-            moved[giver] *= 2
-            moved[taker] /= 2
-            assert max(moved[giver], moved[taker]) >= max(errors[giver], errors[taker])
+    x[:, 3] = 0.7
+    codec = compressor("adaptive3(group=channel)")
+    given, buffer = codec.encode(x)
+    assert int(given[3]) == 0 and given.tolist()[-1] > 3
+    decoded = codec.decode((given, buffer), TensorSpec.of(x))
+    assert torch.equal(decoded[:, 3], x[:, 3])
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 5, 7), (40, 3, 100), (2, 2, 30_000)])
+def test_adaptive_does_not_depend_on_how_much_is_done_at_once(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = gaussian(*shape) * torch.logspace(-2, 0, shape[-1])
+    for spelling in ("adaptive3(group=channel)", "adaptive2(group=sample, rounding=stochastic)"):
+        codec = compressor(spelling)
+        whole = codec.encode(x)
+        decoded = codec.decode(whole, TensorSpec.of(x))
+        with monkeypatch.context() as patch:
+            patch.setattr("fxsplit.compressors.adaptive.AT_ONCE", 64)
+            patch.setattr("fxsplit.compressors.codebooks.SAMPLED_AT_ONCE", 64)
+            assert all(torch.equal(a, b) for a, b in zip(codec.encode(x), whole, strict=True))
+            assert torch.equal(codec.decode(whole, TensorSpec.of(x)), decoded)
+
+
+def test_adaptive_stochastic_keeps_the_mean() -> None:
+    x = uneven().repeat(8, 1, 1, 1)
+    codec = compressor("adaptive3(group=channel, rounding=stochastic)")
+    assert int(codec.encode(x)[0].min()) >= 1
+    lost = (codec.decode(codec.encode(x), TensorSpec.of(x)) - x).double()
+    for channel in lost.transpose(0, 1).flatten(1):
+        assert abs(float(channel.mean())) < 4.5 * float(channel.std()) / channel.numel() ** 0.5
+
+
+def test_adaptive_refuses_another_payload() -> None:
+    x = uneven()
+    given, buffer = compressor("adaptive3(group=channel)").encode(x)
+    with pytest.raises(CompressorError, match="not a payload"):
+        compressor("adaptive3(group=channel)").decode((torch.full_like(given, 8), buffer), TensorSpec.of(x))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -110,6 +113,96 @@ def test_names_that_end_in_digits(spelling: str) -> None:
     assert str(compressor(spelling)) == spelling
     with pytest.raises(CompressorError, match="unknown compressor"):
         compressor("fp17")
+
+
+SHORT = ["fp16", "bf16", "fp8", "fp8(format=e5m2)", "fp8(group=channel)"]
+"""Casts that round."""
+
+
+def at_random(spelling: str) -> Compressor:
+    return compressor(f"{spelling.removesuffix(')')}{', ' if '(' in spelling else '('}rounding=stochastic)")
+
+
+def grid(codec: Compressor) -> tuple[int, int]:
+    """Significant bits, and the exponent of the least normal number."""
+    if isinstance(codec, Float8):
+        return (4, -6) if codec.format == "e4m3" else (3, -14)
+    return (11, -14) if isinstance(codec, Float16) else (8, -126)
+
+
+@pytest.mark.parametrize("spelling", SHORT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [7, 20000], ids=["torch", "compiled"])
+def test_stochastic_rounding_takes_one_of_the_two_numbers_around(
+    spelling: str, dtype: torch.dtype, count: int
+) -> None:
+    """By an independent reference, in exact arithmetic on powers of two: floor(v / unit + u) * unit, 0 < u < 1."""
+    codec, x = at_random(spelling), gaussian(1, 3, count).pow(3).to(dtype).transpose(1, 2)
+    found = decoded(codec, x).double().numpy()
+    scale = codec.encode(x)[1].double().numpy() if isinstance(codec, Float8) else np.ones(1)
+    values = x.double().numpy() / scale
+    significant, least = grid(codec)
+    exponent = np.maximum(np.frexp(np.abs(values))[1] - 1, least)
+    unit = np.ldexp(1.0, exponent - significant + 1)
+    below = np.floor(values / unit) * unit
+    assert bool(((found == below * scale) | (found == (below + unit) * scale)).all())
+    nearest = decoded(compressor(spelling), x).double().numpy()
+    assert bool((found[values == below] == nearest[values == below]).all())  # its own numbers are left alone
+    assert np.mean(found != nearest) > 0.1
+
+
+@pytest.mark.parametrize("spelling", SHORT)
+def test_stochastic_rounding_keeps_the_mean(spelling: str) -> None:
+    """The errors of many elements are as far from 0 on average as those of independent ones may be."""
+    codec, x = at_random(spelling), gaussian(40, 1000) * 0.37 + 0.11
+    error = (decoded(codec, x).double() - x.double()).flatten()
+    assert abs(float(error.mean())) < 4 * float(error.std()) / math.sqrt(error.numel())
+    again = [
+        (decoded(codec, torch.cat((x, torch.full((1, 1000), 1e-3 * k)))).double()[:40] - x) for k in range(64)
+    ]
+    mean = torch.stack(again).mean(0)  # the same elements in 64 tensors: their errors differ
+    assert float(mean.std()) < 2 * float(error.std()) / 8
+
+
+def test_stochastic_rounding_keeps_what_is_too_small_on_average() -> None:
+    x = torch.full((400, 100), 2.0**-24 / 8)  # an eighth of fp16's least number
+    x[0, 0] = 1.0
+    assert float(decoded(Float16(), x)[1:].max()) == 0.0
+    assert float(decoded(at_random("fp16"), x)[1:].mean() / x[1:].mean()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_stochastic_rounding_stays_in_the_range() -> None:
+    x = torch.tensor([65519.0, -65519.0, 1.0])
+    assert decoded(at_random("fp16"), x).tolist() == [65504.0, -65504.0, 1.0]
+    for spelling in ("fp16", "bf16"):
+        x = torch.tensor([1e300, 1.0], dtype=torch.float64)
+        with pytest.raises(CompressorError) as caught:
+            at_random(spelling).encode(x)
+        assert f"{spelling}(rounding=stochastic) cannot hold values of this size" in str(caught.value)
+    x = gaussian(30, 30) * 1e3
+    assert torch.equal(at_random("fp16").encode(x.half())[0], x.half())
+
+
+@pytest.mark.parametrize("group", ["channel", "sample", 8])
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_fp8_has_a_scale_for_each_group(group: str | int, format: str) -> None:
+    """What a group decodes to is what it would alone."""
+    x = gaussian(4, 6, 8) * torch.logspace(-6, 6, 6)[:, None]
+    codec = Float8(format, group=group)
+    found, (_, scale) = decoded(codec, x), codec.encode(x)
+    dimension = {"channel": 2, "sample": 0}.get(str(group), 1)
+    rows, back = (t.reshape(-1, 8) if group == 8 else t.movedim(dimension, 0).flatten(1) for t in (x, found))
+    for row, got, one in zip(rows, back, scale, strict=True):
+        assert torch.equal(decoded(Float8(format), row), got)
+        assert torch.equal(Float8(format).encode(row)[1][0], one)
+
+
+@pytest.mark.parametrize(
+    "spelling", ["fp8(group=rows)", "fp8(group=4)", "bf16(group=channel)", "fp16(rounding=up)"]
+)
+def test_options_that_there_are_not(spelling: str) -> None:
+    with pytest.raises(CompressorError, match=r"wrong argument|has no argument"):
+        compressor(spelling)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0), (9,), (2, 1, 31, 31)])

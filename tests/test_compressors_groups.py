@@ -224,7 +224,8 @@ def test_channels_of_different_size_are_kept_apart() -> None:
     by_channel = (
         Uniform(8, group="channel").decode(Uniform(8, group="channel").encode(x), TensorSpec.of(x)) - x
     ).square()
-    whole = (Uniform(8).decode(Uniform(8).encode(x), TensorSpec.of(x)) - x).square()
+    tensor = Uniform(8, group="tensor")
+    whole = (tensor.decode(tensor.encode(x), TensorSpec.of(x)) - x).square()
     assert (by_channel.sum((0, 2, 3)) <= whole.sum((0, 2, 3)) * 1.1).all()
     assert by_channel[:, 0].sum() < 1e-6 * whole[:, 0].sum()
 

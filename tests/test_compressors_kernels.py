@@ -20,13 +20,16 @@ from fxsplit.compressors import (
     FastQuantization,
     SortQuantization,
     Uniform,
+    codebook_codes,
     cpu_kernels,
+    cpu_sparse,
     kernels,
+    sparse,
     torch_kernels,
 )
 from fxsplit.compressors.grouping import Layout
 from fxsplit.compressors.packing import pack
-from fxsplit.compressors.scheme import Scheme, make_table, seeds
+from fxsplit.compressors.scheme import Scheme, make_table, seeds, seeds_of
 from fxsplit.errors import CompressorError
 from fxsplit.spec import TensorSpec
 
@@ -97,6 +100,48 @@ def test_codes_and_values_are_equal(layout: Layout, stochastic: bool) -> None:
         spec = TensorSpec.of(x)
         back = torch_kernels.decode(expected, table, scheme, spec)
         assert torch.equal(cpu_kernels.decode(expected, table, scheme, spec), back)
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_floats_rounded_at_random_are_equal(layout: Layout, dtype: torch.dtype) -> None:
+    for kind in ("gaussian", "heavy", "tiny"):
+        x = data(layout.numel, kind).clamp(-6e4, 6e4).to(dtype)
+        seed = seeds_of(x, layout, torch_kernels.extremes(x, layout))
+        inverse = 2.0 ** torch.arange(layout.groups).remainder(5).double()
+        for to in (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+            expected = torch_kernels.round_at_random(x, inverse, seed, layout, to)
+            found = cpu_kernels.round_at_random(x, inverse, seed, layout, to)
+            assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_codes_of_codebooks_are_equal(layout: Layout, bits: int) -> None:
+    x = data(layout.numel)
+    book = data(layout.groups << bits, "integers").view(layout.groups, -1).sort(dim=1).values
+    codes = codebook_codes.encode(x, book, layout, torch_kernels)
+    assert torch.equal(codebook_codes.encode(x, book, layout, cpu_kernels), codes)
+    back = codebook_codes.decode(codes, book, layout, TensorSpec.of(x), torch_kernels)
+    found = codebook_codes.decode(codes, book, layout, TensorSpec.of(x), cpu_kernels)
+    assert torch.equal(found.view(torch.int32), back.view(torch.int32))
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("kind", ["gaussian", "relu", "integers", "constant", "tiny", "signed zeros"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_largest_elements_are_equal(kind: str, dtype: torch.dtype) -> None:
+    for total in (1, 2, 9, 40_003):
+        x = data(total, kind, dtype)
+        for count in sorted({1, -(-total // 100), -(-total // 10), -(-total // 2), total}):
+            expected, found = sparse.gather_largest(x, count), cpu_sparse.gather_largest(x, count)
+            for a, b in zip(expected, found, strict=True):
+                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            for packed in (found[1], found[1] ^ 0x5A, 0 * found[1]):  # and damaged ones
+                spread = sparse.scatter(found[0], packed, total)
+                assert torch.equal(cpu_sparse.scatter(found[0], packed, total), spread)
 
 
 @pytest.mark.usefixtures("forced")

@@ -163,7 +163,9 @@ def test_options() -> None:
 def test_wire() -> None:
     spec = TensorSpec((3, 5), torch.bfloat16)
     assert [str(s) for s in KMeans(3).wire(spec)] == ["uint8[6]", "float32[8]"]
-    assert KMeans(4).wire_bytes(TensorSpec((64, 32, 112, 112), torch.float32)) == 64 * 32 * 112 * 112 // 2 + 64
+    spec = TensorSpec((64, 32, 112, 112), torch.float32)
+    assert KMeans(4, group="tensor").wire_bytes(spec) == 64 * 32 * 112 * 112 // 2 + 64
+    assert KMeans(4).wire_bytes(spec) == 64 * 32 * 112 * 112 // 2 + 32 * 64
 
 
 def test_a_codebook_of_each_group_is_that_of_the_group_alone() -> None:

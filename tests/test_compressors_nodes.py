@@ -12,8 +12,9 @@ from fxsplit.errors import CompressorError
 from fxsplit.spec import TensorSpec
 
 ELEMENTWISE = [
-    *("none", "fp16", "bf16", "fp8", "uniform2", "uniform8", "uniform8(group=channel)", "sortquant8"),
-    *("sortquant4(split=2, rounding=stochastic)", "fastquant12", "kmeans3", "kmeans4(group=channel)"),
+    *("none", "fp16", "bf16", "fp8", "uniform2(group=tensor)", "uniform8", "uniform8(group=channel)"),
+    *("sortquant8", "sortquant4(split=2, rounding=stochastic)", "fastquant12"),
+    "kmeans3(group=tensor)",
 ]
 """Their bytes are in proportion to the elements, and a table beside them."""
 

@@ -151,7 +151,7 @@ def test_default_split_is_a_quarter(bits: int, split: int) -> None:
 
 def test_four_bits_are_four_bits() -> None:
     spec = TensorSpec((64, 32, 112, 112), torch.float32)
-    for spelling in ("uniform4", "sortquant4", "fastquant4"):
+    for spelling in ("uniform4(group=tensor)", "sortquant4", "fastquant4"):
         assert compressor(spelling).wire_bytes(spec) <= spec.nbytes / 8 + 16
     x = data("gaussian", 1001)
     (packed, table), codec = SortQuantization(4).encode(x), SortQuantization(4)

@@ -19,6 +19,7 @@ from fxsplit.spec import TensorSpec
 from tests.test_compressors import gaussian, round_trip
 
 TEXT = (Path(__file__).parent.parent / "docs" / "compressors.md").read_text()
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "accuracy" / "README.md"
 CUTS = [TensorSpec((64, 32, 112, 112), torch.float32), TensorSpec((32, 128, 768), torch.float32)]
 
 
@@ -49,11 +50,63 @@ def test_ratios(row: tuple[str, str, str]) -> None:
 def test_formulas() -> None:
     spec = TensorSpec((4, 6, 10, 10), torch.float32)
     expected = {
-        **{"none": 9600, "fp16": 4800, "bf16": 4800, "fp8": 2404, "uniform8": 2408, "uniform4": 1208},
-        **{"sortquant8": 2400 + 8 * 4, "fastquant8": 2400 + 8 * 4, "kmeans4": 1200 + 64, "kmeans8": 2400 + 1024},
+        **{"none": 9600, "fp16": 4800, "bf16": 4800, "fp8": 2404, "uniform8": 2448, "uniform4": 1248},
+        **{
+            "sortquant8": 2400 + 8 * 4,
+            "fastquant8": 2400 + 8 * 4,
+            "kmeans4": 1200 + 64,
+            "kmeans4(group=channel)": 1200 + 6 * 64,
+        },
+        **{"kmeans8": 2400 + 1024, "fp8(group=channel)": 2424, "adaptive4(group=channel)": 1200 + 6 * 64 + 6},
         **{"poweriter(rank=2)": 4 * 2 * 106 * 4, "svd(rank=2)": 4 * 2 * 106 * 4},
     }
     assert {spelling: compressor(spelling).wire_bytes(spec) for spelling in expected} == expected
+
+
+def test_what_is_said_of_accuracy_was_measured() -> None:
+    """Every row is one of `benchmarks/accuracy`, of its longest training, and its numbers are those there."""
+    results = RESULTS.read_text().split("<!-- end of results -->")[0]
+    rows = [
+        [cell.strip().strip("`") for cell in line.split("|")[1:-1]]
+        for line in TEXT.split("<!-- study -->")[1].split("<!-- end of study -->")[0].splitlines()
+        if line.startswith("| `")
+    ]
+    assert len(rows) > 8
+    measured = [
+        [cell.strip().strip("`") for cell in line.split("|")[1:-1]]
+        for line in results.splitlines()
+        if re.match(r"\| .*±", line)
+    ]
+    assert f"{next(row for row in measured if row[0] == 'none')[5].split(' ')[0]} %" in TEXT
+    for activation, gradient, *numbers in rows:
+        gradient = activation if gradient == "the same" else gradient
+        (row,) = [
+            row
+            for row in measured
+            if [c.replace("iterations=3, ", "") for c in row[1:3]] == [activation, gradient]
+        ]
+        assert [row[3], row[4], row[6].split(" ")[0]] == numbers
+
+
+def test_gradients_have_a_milder_codec() -> None:
+    wanted = {
+        **{"uniform8": "uniform8", "sortquant8": "sortquant8", "uniform4": "uniform8", "kmeans4": "uniform8"},
+        **{"sortquant4(split=2)": "uniform8", "adaptive3": "uniform8", "uniform4+zstd": "uniform8+zstd"},
+        **{"topk+uniform4": "topk+uniform8", "fp8": "fp8", "none": "none"},
+        "uniform4(feedback=true)": "uniform8(feedback=true)",
+    }
+    assert {spelling: str(compressor(spelling).for_gradients()) for spelling in wanted} == wanted
+
+
+def test_groups_by_default() -> None:
+    """Channels, unless their tables are more than an eighth of the codes; the tensor for the documents' codecs."""
+    large, small = TensorSpec((16, 32, 8, 8), torch.float32), TensorSpec((16, 1280), torch.float32)
+    for name in ("uniform8", "uniform4", "kmeans4", "adaptive4"):
+        found, tensor = compressor(name), compressor(f"{name}(group=tensor)")
+        channel = compressor(f"{name}(group=channel)")
+        assert found.wire(large) == channel.wire(large) and found.wire(small) == tensor.wire(small)
+    assert compressor("sortquant8") == compressor("sortquant8(group=tensor)")
+    assert compressor("fastquant8") == compressor("fastquant8(group=tensor)")
 
 
 def test_the_example_is_a_compressor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,14 +23,15 @@ SHAPE = (32, 32, 32, 32)
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "casts": ("fp16", "bf16", "fp8"),
-    "uniform": tuple(f"uniform{bits}" for bits in (2, 3, 4, 6, 8)),
+    "uniform": tuple(f"uniform{bits}(group=tensor)" for bits in (2, 3, 4, 6, 8)),
     "uniform, channel": tuple(f"uniform{bits}(group=channel)" for bits in (2, 3, 4, 6, 8)),
     "uniform, stochastic": ("uniform4(group=channel, rounding=stochastic)",),
     "sort": tuple(f"sortquant{bits}" for bits in (2, 3, 4, 6, 8)),
     "sort, 1:1": ("sortquant4(split=2)", "sortquant8(split=4)"),
     "sort, channel": tuple(f"sortquant{bits}(group=channel)" for bits in (2, 3, 4, 6, 8)),
     "fast": tuple(f"fastquant{bits}" for bits in (4, 8)),
-    "k-means": tuple(f"kmeans{bits}" for bits in (2, 3, 4)),
+    "k-means": tuple(f"kmeans{bits}(group=tensor)" for bits in (2, 3, 4)),
+    "k-means, channel": tuple(f"kmeans{bits}(group=channel)" for bits in (2, 3, 4)),
     "adaptive": tuple(f"adaptive{bits}" for bits in (2, 3, 4, 6)),
     "top-k": tuple(f"topk(ratio={ratio})" for ratio in (0.02, 0.05, 0.1, 0.2)),
     "power iteration": tuple(f"poweriter(ratio={ratio})" for ratio in (0.05, 0.1, 0.2, 0.4)),

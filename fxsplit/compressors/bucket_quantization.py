@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fxsplit.compressors.base import Compressor
 from fxsplit.compressors.quantization import Quantization
+from fxsplit.compressors.uniform import milder
 
 
 @dataclass(frozen=True)
@@ -31,3 +33,7 @@ class BucketQuantization(Quantization):
     def split_bits(self) -> int:
         """`split`, or its default."""
         return max(1, self.bits // 4) if self.split is None else self.split
+
+    def for_gradients(self) -> Compressor:
+        """Itself from 8 bits on, else uniform quantization to 8 bits: gradients have heavier tails."""
+        return milder(self, self.bits)

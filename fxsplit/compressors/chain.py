@@ -61,6 +61,10 @@ class Chain(Compressor):
             payload, spec, lambda part, tensors, s, place: part.decode_next(tensors, s, shelf(memory, place))
         )
 
+    def for_gradients(self) -> Compressor:
+        """Of each part what it wants for gradients: behind the same factors, say, 8 bits and not 4."""
+        return Chain(tuple(part.for_gradients() for part in self.parts))
+
     def memory_bytes(self, spec: TensorSpec) -> tuple[int, int]:
         """Those of all parts together."""
         sending, receiving = self.parts[0].memory_bytes(spec)

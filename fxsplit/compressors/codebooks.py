@@ -6,18 +6,26 @@ same codebook on every device, bit for bit, and no device is waited for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from fxsplit.compressors.grouping import Layout, sample_stride
+from fxsplit.compressors.torch_kernels import sorted_rows
+
 EDGES = 1025
 """At most so many quantiles of a sample tell the density from which the iterations begin."""
+
+SAMPLED_AT_ONCE = 1 << 15
+"""Elements of all the samples that a CPU looks at together; an accelerator 128 times as many."""
 
 
 class Sample:
     """Sorted numbers of several groups, scaled to magnitudes of at most 1, with exact sums of their ranges.
 
     Attributes:
-        ordered: float64 `[groups, n]`, ascending in a group, as given.
+        ordered: float64 `[groups, n]`, finite, ascending in a group, as given.
         scaled: the same, divided by `scale`.
         scale: float64 `[groups, 1]`, the largest magnitude of each group; 1 where that is 0.
     """
@@ -28,11 +36,10 @@ class Sample:
         self.scale = torch.where(largest > 0, largest, 1.0)
         self.scaled = ordered / self.scale
         self._digits = 62 - ordered.shape[1].bit_length()
-        whole = (self.scaled * 2.0**self._digits).round().to(torch.int64)
-        self._sums = torch.nn.functional.pad(whole.cumsum(1), (1, 0))
-        coarse = (self.scaled * 2.0 ** (self._digits // 2)).round().to(torch.int64)
-        self._coarse_sums = torch.nn.functional.pad(coarse.cumsum(1), (1, 0))
-        self._squares = torch.nn.functional.pad((coarse * coarse).cumsum(1), (1, 0))
+        self._sums = _sums_up_to((self.scaled * 2.0**self._digits).round_().to(torch.int64))
+        coarse = (self.scaled * 2.0 ** (self._digits // 2)).round_().to(torch.int64)
+        self._coarse_sums = _sums_up_to(coarse)
+        self._squares = _sums_up_to(coarse.square_())
 
     def cells(self, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The cell of each value of a scaled codebook `[groups, k]`: the numbers that it is the nearest value of.
@@ -64,7 +71,37 @@ class Sample:
         return parts
 
 
-def codebooks(ordered: Tensor, count: int, iterations: int, start: Tensor | None = None) -> Tensor:
+def _sums_up_to(numbers: Tensor) -> Tensor:
+    """Of each row `[groups, n]`, the sums of its first 0, 1, ... n numbers."""
+    sums = numbers.new_zeros(numbers.shape[0], numbers.shape[1] + 1)
+    torch.cumsum(numbers, 1, out=sums[:, 1:])
+    return sums
+
+
+def sorted_samples(
+    values: Tensor, layout: Layout, extremes: Tensor, wanted: int, groups: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sorted samples of some groups at a time, so that there are never many of them in memory.
+
+    Args:
+        values: flat, not empty.
+        layout: their groups.
+        extremes: float64 `[2, groups]`; each sample has those of its group, too.
+        wanted: about how many elements of each group; 0 means all.
+        groups: int64, the groups to sample; None: all.
+
+    Yields:
+        Groups, int64 `[n]`, and samples, float64 `[n, elements]`, ascending.
+    """
+    device, stride = values.device, sample_stride(layout.group_size, wanted)
+    chosen = torch.arange(layout.groups, device=device) if groups is None else groups
+    most = SAMPLED_AT_ONCE if device.type == "cpu" else 128 * SAMPLED_AT_ONCE
+    for some in chosen.split(max(1, most * stride // layout.group_size)):
+        sample = layout.sample(values, stride, some).double()
+        yield some, sorted_rows(torch.cat((sample, extremes[:, some].t()), dim=1)) + 0.0
+
+
+def codebooks(sample: Sample, count: int, iterations: int, start: Tensor | None = None) -> Tensor:
     """The values that fit each group best, as far as so many of Lloyd's iterations find them.
 
     They begin at a density of values that is the cube root of that of the numbers, the optimum for many values
@@ -74,16 +111,15 @@ def codebooks(ordered: Tensor, count: int, iterations: int, start: Tensor | None
     Source: Lloyd, "Least squares quantization in PCM", 1957.
 
     Args:
-        ordered: float64 `[groups, n]`, finite, ascending in a group.
+        sample: of the groups.
         count: how many values, a power of two.
         iterations: at most; fewer where nothing changes any more.
         start: float64 `[groups, count]`, ascending.
 
     Returns:
-        float64 `[groups, count]`, ascending, on the device of `ordered`. Numbers that are alone in their
+        float64 `[groups, count]`, ascending, on the device of the sample. Numbers that are alone in their
         cells, or have it with their equals, are values themselves.
     """
-    sample = Sample(ordered)
     codebook = _dense_values(sample.scaled, count)
     if start is not None:
         last = (start / sample.scale).clamp(sample.scaled[:, :1], sample.scaled[:, -1:])

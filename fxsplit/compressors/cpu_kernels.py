@@ -48,7 +48,7 @@ MAX_SELECTED_RANKS = 128
 SELECTED_IN_PLACE = 64
 """Groups with shorter runs are gathered before ranks are selected."""
 
-_INTEGERS: dict[int, tuple[torch.dtype, Any, Any]] = {
+INTEGERS: dict[int, tuple[torch.dtype, Any, Any]] = {
     2: (torch.int16, np.int16, np.uint16),
     4: (torch.int32, np.int32, np.uint32),
     8: (torch.int64, np.int64, np.uint64),
@@ -69,22 +69,24 @@ def available() -> bool:
     return not _failed and importlib.util.find_spec("numba") is not None
 
 
-def _or_torch(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Does the work by the function of the same name in `torch_kernels` once numba has failed."""
-    fallback: Callable[Parameters, Result] = getattr(torch_kernels, function.__name__)
+def compiled(fallback: Callable[Parameters, Result]) -> Callable[..., Callable[Parameters, Result]]:
+    """Of a function that needs numba, one that does its work by `fallback` once numba has failed."""
 
-    @functools.wraps(function)
-    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        global _failed
-        if not _failed:
-            try:
-                return function(*args, **kwargs)
-            except _errors() as error:
-                _failed = True
-                warnings.warn(f"numba does not work here, so that compressors are slow: {error}", stacklevel=2)
-        return fallback(*args, **kwargs)
+    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        @functools.wraps(function)
+        def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            global _failed
+            if not _failed:
+                try:
+                    return function(*args, **kwargs)
+                except _errors() as error:
+                    _failed = True
+                    warnings.warn(f"numba does not work here, so that compressors are slow: {error}", stacklevel=2)
+            return fallback(*args, **kwargs)
 
-    return run
+        return run
+
+    return decorate
 
 
 @functools.cache
@@ -97,12 +99,12 @@ def _errors() -> tuple[type[Exception], ...]:
     return ImportError, OSError, NumbaError
 
 
-@_or_torch
+@compiled(torch_kernels.extremes)
 def extremes(values: Tensor, layout: Layout) -> Tensor:
     """As `torch_kernels.extremes`."""
     from fxsplit.compressors import numba_quantization as loops
 
-    signed, kind, _ = _INTEGERS[values.element_size()]
+    signed, kind, _ = INTEGERS[values.element_size()]
     bits, limits = values.view(signed).numpy(), np.iinfo(kind)
     columns = layout.inner if _by_columns(layout) else 1
     keys = np.empty((2, layout.groups * columns), kind)
@@ -116,7 +118,7 @@ def extremes(values: Tensor, layout: Layout) -> Tensor:
     return torch.from_numpy(np.where(found < 0, found ^ kind(limits.max), found)).view(values.dtype).double()
 
 
-@_or_torch
+@compiled(torch_kernels.order_statistics)
 def order_statistics(values: Tensor, layout: Layout, ranks: Sequence[int]) -> Tensor:
     """As `torch_kernels.order_statistics`; large groups are not sorted, unless of float64."""
     size = layout.group_size
@@ -135,7 +137,7 @@ def _select(values: Tensor, ranks: Sequence[int]) -> Tensor:
     from fxsplit.compressors import numba_selection
 
     outer, groups, inner = values.shape
-    integer, signed, kind = _INTEGERS[values.element_size()]
+    integer, signed, kind = INTEGERS[values.element_size()]
     shifts, width = _LEVELS[values.element_size()]
     cells, others = 1 << 8 * values.element_size() - shifts[0], (len(ranks) + 1) << width
     found = np.empty(groups * len(ranks), kind)
@@ -161,7 +163,7 @@ def ranges(values: Tensor, layout: Layout, rule: RangeRule, levels: int, dtype: 
     return found_ranges(values, layout, rule, levels, dtype, extremes, order_statistics)
 
 
-@_or_torch
+@compiled(torch_kernels.encode)
 def encode(values: Tensor, minima: Tensor, inverse: Tensor, seeds: Tensor | None, scheme: Scheme) -> Tensor:
     """As `torch_kernels.encode`."""
     from fxsplit.compressors import numba_quantization as loops
@@ -202,6 +204,8 @@ def _quantizer(
     columns, inner = _by_columns(layout), layout.inner
     low, scale = _transposed(minima, layout), _transposed(inverse, layout)
     bounds = low.astype(np.float64 if values.dtype == torch.float64 else np.float32)
+    if scheme.levels == 0:
+        return lambda x, start, codes: loops.find(x, start, 0 if columns else inner, bounds, codes), False
     if columns or seeds is not None or buckets not in (1, 2, 4):
         chosen = np.empty(0, np.uint64) if seeds is None else _transposed(seeds[:, None], layout)[0]
         seed, length = chosen.astype(np.uint64), 0 if columns else inner
@@ -217,7 +221,34 @@ def _quantizer(
     return lambda x, start, codes: loop(x, start, inner, bounds, low, scale, width, codes), False
 
 
-@_or_torch
+@compiled(torch_kernels.round_at_random)
+def round_at_random(values: Tensor, inverse: Tensor, seeds: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """As `torch_kernels.round_at_random`."""
+    from fxsplit.compressors import numba_quantization as loops
+
+    rounded, limits = torch.empty(values.numel(), dtype=dtype), torch.finfo(dtype)
+    inner = 0 if _by_columns(layout) else layout.inner
+    (scale,), (seed,) = _transposed(inverse[:, None], layout), _transposed(seeds[:, None], layout)
+    scratch, numbers = np.empty((2, loops.PART)), torch.empty(min(BLOCK, values.numel()))
+    least, most = limits.smallest_normal, limits.max
+    for start in range(0, values.numel(), BLOCK):
+        part = values[start : start + BLOCK]
+        wide, out = part.float() if part.element_size() == 2 else part, numbers[: part.numel()]
+        loops.round_at_random(
+            wide.numpy(),
+            start,
+            inner,
+            scale,
+            seed.astype(np.uint64),
+            (least, limits.eps, most),
+            scratch,
+            out.numpy(),
+        )
+        rounded[start : start + BLOCK] = out
+    return rounded
+
+
+@compiled(torch_kernels.decode)
 def decode(packed: Tensor, table: Tensor, scheme: Scheme, spec: TensorSpec) -> Tensor:
     """As `torch_kernels.decode`."""
     count, layout = spec.numel, scheme.layout
@@ -243,7 +274,7 @@ def _look_up(packed: Tensor, bits: int, inner: int, values: Tensor, decoded: Ten
     """Fills `decoded` from values [groups, 2**bits, values to a code]."""
     from fxsplit.compressors import numba_quantization as loops
 
-    integer, _, _ = _INTEGERS[values.element_size()]
+    integer, _, _ = INTEGERS[values.element_size()]
     kind = _UNITS[values.element_size() * values.shape[2]]
     rows = values.contiguous().view(integer).numpy().view(kind)[..., 0]
     out = decoded.view(integer).numpy().view(kind)

@@ -15,6 +15,9 @@ from fxsplit.compressors.base import Compressor
 from fxsplit.errors import CompressorError
 from fxsplit.spec import TensorSpec
 
+PART = 1 << 18
+"""Bytes that are coded at a time: beside the result there are no more of them."""
+
 _STORED, _COMPRESSED = 0, 1
 
 
@@ -75,9 +78,16 @@ class Entropy(Compressor):
         zstandard = _library()
         self.wire(TensorSpec.of(x))
         raw = x.detach().cpu().contiguous().view(-1).numpy()
-        coded = zstandard.ZstdCompressor(level=self.level).compress(raw)
-        kind, content = (_COMPRESSED, np.frombuffer(coded, np.uint8)) if len(coded) < raw.size else (_STORED, raw)
-        return (torch.from_numpy(np.concatenate([np.array([kind], np.uint8), content])).to(x.device),)
+        coder, sent = (
+            zstandard.ZstdCompressor(level=self.level).compressobj(size=raw.size),
+            bytearray([_COMPRESSED]),
+        )
+        for start in range(0, raw.size, PART):
+            sent += coder.compress(raw[start : start + PART])
+        sent += coder.flush()
+        if len(sent) > raw.size:
+            return (torch.cat((torch.tensor([_STORED], dtype=torch.uint8), torch.from_numpy(raw))).to(x.device),)
+        return (torch.frombuffer(sent, dtype=torch.uint8).to(x.device),)  # which keeps the bytes
 
     def decode(self, payload: Sequence[Tensor], spec: TensorSpec) -> Tensor:
         """The bytes that were encoded.
@@ -86,21 +96,27 @@ class Entropy(Compressor):
             CompressorError: the payload is damaged, or of other bytes than `spec` says.
         """
         content = payload[0].detach().cpu().contiguous().numpy()
+        raw = np.empty(spec.numel, np.uint8)
         try:
-            raw = self._bytes(content, spec.numel)
+            found = self._read(content, raw)
         except (_library().ZstdError, IndexError) as error:
             raise CompressorError("a payload of zstd is damaged", found=str(error)) from error
-        if raw.size != spec.numel:
-            raise CompressorError("a payload of zstd is damaged", found=f"{raw.size} bytes", allowed=spec.numel)
-        return torch.from_numpy(raw.copy()).view(spec.shape).to(payload[0].device)
+        if found != raw.size:
+            raise CompressorError("a payload of zstd is damaged", found=f"{found} bytes", allowed=raw.size)
+        return torch.from_numpy(raw).view(spec.shape).to(payload[0].device)
 
     @staticmethod
-    def _bytes(content: np.ndarray, count: int) -> np.ndarray:
+    def _read(content: np.ndarray, raw: np.ndarray) -> int:
+        """Fills `raw`; how many bytes there are, as far as one behind those that may be there."""
         if content[0] == _STORED:
-            return content[1:]
+            size = min(raw.size, content.size - 1)
+            raw[:size] = content[1 : 1 + size]
+            return content.size - 1
         # The size that the frame claims is not trusted: what is read ends one byte behind what may be there.
-        reader = _library().ZstdDecompressor().stream_reader(content[1:].tobytes())
-        return np.frombuffer(reader.read(count + 1), np.uint8)
+        reader, found = _library().ZstdDecompressor().stream_reader(content[1:]), 0
+        while found < raw.size and (more := reader.readinto(raw[found:])):
+            found += more
+        return found + len(reader.read(1))
 
 
 def _library() -> Any:

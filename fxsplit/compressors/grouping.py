@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,14 @@ from torch import Tensor
 from fxsplit.errors import CompressorError
 from fxsplit.spec import TensorSpec
 
-GROUPS = ("tensor", "sample", "channel")
+AUTO = "auto"
+"""Channels where their tables take little room beside the codes, else the whole tensor; see `group_of`."""
+
+GROUPS = (AUTO, "tensor", "sample", "channel")
 """The groups that have a name; an integer stands for blocks of so many consecutive elements."""
+
+TABLE_SHARE = 8
+"""`AUTO` means channels if their tables are at most one in so many of the bytes of the codes."""
 
 MIN_BLOCK = 8
 """The shortest block."""
@@ -72,14 +79,78 @@ class Layout:
         """A view of flat values as `[groups, outer, inner]`: one group after the other."""
         return values.view(self.outer, self.groups, self.inner).transpose(0, 1)
 
-    def sample(self, values: Tensor, stride: int) -> Tensor:
-        """Every `stride`-th element of each group of flat values: `[groups, ceil(group_size / stride)]`."""
+    def sample(self, values: Tensor, stride: int, chosen: Tensor | None = None) -> Tensor:
+        """Every `stride`-th element of each group of flat values: `[groups, ceil(group_size / stride)]`.
+
+        With `chosen`, int64, of these groups alone.
+        """
         if self.groups == 1:
             return values[::stride].view(1, -1)
-        chosen = torch.arange(0, self.group_size, stride, device=values.device)
-        outer, inner = chosen // self.inner, chosen % self.inner
-        groups = torch.arange(self.groups, device=values.device)[:, None]
-        return values[(outer * self.groups + groups) * self.inner + inner]
+        places = torch.arange(0, self.group_size, stride, device=values.device)
+        outer, inner = places // self.inner, places % self.inner
+        groups = torch.arange(self.groups, device=values.device) if chosen is None else chosen
+        return values[(outer * self.groups + groups[:, None]) * self.inner + inner]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Consecutive elements of a tensor that are a block of its layout.
+
+    Attributes:
+        start: the first one, in logical order.
+        shape: (outer, groups, inner) of the block alone.
+        group: the first group in it.
+    """
+
+    start: int
+    shape: tuple[int, int, int]
+    group: int
+
+    @property
+    def numel(self) -> int:
+        """How many elements."""
+        return math.prod(self.shape)
+
+    def of(self, values: Tensor) -> Tensor:
+        """A view of its elements of flat values, in its shape."""
+        return values[self.start : self.start + self.numel].view(self.shape)
+
+    def by_group(self, numbers: Tensor) -> Tensor:
+        """What there is one of for each group, `[groups]`, as it goes with the elements: `[1, groups, 1]`."""
+        return numbers[self.group : self.group + self.shape[1]].view(1, -1, 1)
+
+
+def tiles(layout: Layout, size: int) -> Iterator[Tile]:
+    """The elements of a layout in order, up to `size` at a time.
+
+    >>> [(tile.start, tile.shape) for tile in tiles(Layout(outer=2, groups=3, inner=4), size=8)]
+    [(0, (1, 2, 4)), (8, (1, 1, 4)), (12, (1, 2, 4)), (20, (1, 1, 4))]
+    """
+    outer, groups, inner = layout.outer, layout.groups, layout.inner
+    if layout.numel == 0:
+        return
+    rows, columns = max(1, size // (groups * inner)), max(1, size // inner)
+    for o in range(0, outer, rows):
+        for g in range(0, groups, columns):
+            for i in range(0, inner, size):
+                shape = (min(rows, outer - o), min(columns, groups - g), min(size, inner - i))
+                yield Tile((o * groups + g) * inner + i, shape, g)
+
+
+def group_of(group: str | int, spec: TensorSpec, bits: int, table_bytes: int) -> str | int:
+    """What the option `group` says for a tensor, with `AUTO` decided: by the spec alone, so that both ends agree.
+
+    Args:
+        group: the option.
+        spec: of the tensor.
+        bits: of a code.
+        table_bytes: what is sent for each group beside its codes.
+    """
+    if group != AUTO:
+        return group
+    groups = Layout.of(spec, "channel").groups
+    fits = 8 * TABLE_SHARE * groups * table_bytes <= spec.numel * bits
+    return "channel" if groups > 1 and fits else "tensor"
 
 
 def sample_stride(count: int, sample: int) -> int:

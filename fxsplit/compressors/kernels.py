@@ -59,3 +59,19 @@ def kernels_for(device: torch.device, count: int) -> Kernels:
         if cuda_kernels.available(device):
             return cuda_kernels
     return torch_kernels
+
+
+class FloatKernels(Protocol):
+    """Work for which there are no kernels of a GPU's own: torch does it there. The numbers are the same."""
+
+    def round_at_random(
+        self, values: Tensor, inverse: Tensor, seeds: Tensor, layout: Layout, dtype: torch.dtype
+    ) -> Tensor:
+        """Stochastic rounding to a floating point dtype of 8 or 16 bits."""
+        ...
+
+
+def float_kernels_for(device: torch.device, count: int) -> FloatKernels:
+    """The fastest that work on a device, for a tensor of so many elements."""
+    compiled = device.type == "cpu" and count >= COMPILED_FROM and cpu_kernels.available()
+    return cpu_kernels if compiled else torch_kernels

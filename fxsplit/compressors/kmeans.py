@@ -9,21 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fxsplit.compressors import codebook_codes
 from fxsplit.compressors.base import Compressor, Memory
-from fxsplit.compressors.codebooks import codebooks
+from fxsplit.compressors.codebooks import Sample, codebooks, sorted_samples
 from fxsplit.compressors.floating import check_floating, not_finite, plain, wide_dtype
-from fxsplit.compressors.grouping import Layout, check_group, check_rounding, sample_stride
+from fxsplit.compressors.grouping import AUTO, Layout, check_group, check_rounding, group_of
 from fxsplit.compressors.kernels import kernels_for
-from fxsplit.compressors.packing import pack, packed_bytes, unpack
-from fxsplit.compressors.scheme import seeds
-from fxsplit.compressors.torch_kernels import (
-    BucketSearch,
-    block_size,
-    blocks,
-    dither_of,
-    element_groups,
-    sorted_rows,
-)
+from fxsplit.compressors.packing import packed_bytes
+from fxsplit.compressors.uniform import milder
 from fxsplit.spec import TensorSpec
 
 MIN_SAMPLE = 64
@@ -48,7 +41,7 @@ class KMeans(Compressor):
         iterations: of Lloyd's, at most; fewer where nothing changes any more.
         sample: about how many elements the codebooks are found from, besides the least and the greatest; of
             each group at least 64 * 2**bits, if it has so many; 0 means all.
-        group: which elements share a codebook; see `Quantization`.
+        group: which elements share a codebook; "auto" by default, what trained best. See `Quantization`.
         rounding: "nearest" value; or "stochastic", one of the two around the element at random, so that the
             mean of what is received is the element. The least and the greatest value are then those of the
             group. See `Quantization`.
@@ -69,7 +62,7 @@ class KMeans(Compressor):
     bits: int = 4
     iterations: int = 10
     sample: int = 65536
-    group: str | int = field(default="tensor", kw_only=True)
+    group: str | int = field(default=AUTO, kw_only=True)
     rounding: str = field(default="nearest", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -88,7 +81,8 @@ class KMeans(Compressor):
                 cannot be divided into blocks of `group` elements.
         """
         check_floating(self, spec)
-        groups = () if self.group == "tensor" else (Layout.of(spec, self.group).groups,)
+        group = self.group_for(spec)
+        groups = () if group == "tensor" else (Layout.of(spec, group).groups,)
         codes = TensorSpec((packed_bytes(spec.numel, self.bits),), torch.uint8)
         return codes, TensorSpec((*groups, 1 << self.bits), wide_dtype(spec.dtype))
 
@@ -122,64 +116,38 @@ class KMeans(Compressor):
         """
         self.check_payload(payload, spec)
         packed, codebook = payload
-        limits, layout = torch.finfo(spec.dtype), Layout.of(spec, self.group)
-        values = codebook.clamp(limits.min, limits.max).to(spec.dtype)
-        index = unpack(packed, self.bits, spec.numel).to(torch.int32)
-        if layout.groups > 1:
-            first = torch.arange(0, values.numel(), values.shape[-1], dtype=torch.int32, device=index.device)
-            index.view(layout.outer, layout.groups, layout.inner).add_(first.view(1, -1, 1))
-        return torch.index_select(values.view(-1), 0, index).view(spec.shape)
+        layout = Layout.of(spec, self.group_for(spec))
+        book = codebook.view(layout.groups, 1 << self.bits)
+        return codebook_codes.decode(packed, book, layout, spec, kernels_for(packed.device, spec.numel))
+
+    def for_gradients(self) -> Compressor:
+        """Itself with 8 bits, else uniform quantization to 8 bits: gradients have heavier tails."""
+        return milder(self, self.bits)
+
+    def group_for(self, spec: TensorSpec) -> str | int:
+        """The groups of a tensor of this spec: `group`, with "auto" decided."""
+        return group_of(self.group, spec, self.bits, wide_dtype(spec.dtype).itemsize << self.bits)
 
     def _encode(self, x: Tensor, start: Tensor | None) -> tuple[Tensor, ...]:
         codes_spec, table_spec = self.wire(TensorSpec.of(x))
         values = plain(x).view(-1)
         if values.numel() == 0:
             return tuple(torch.zeros(s.shape, dtype=s.dtype, device=x.device) for s in (codes_spec, table_spec))
-        layout = Layout.of(TensorSpec.of(x), self.group)
-        extremes = kernels_for(values.device, values.numel()).extremes(values, layout)
+        layout = Layout.of(TensorSpec.of(x), self.group_for(TensorSpec.of(x)))
+        kernels, stochastic = kernels_for(values.device, values.numel()), self.rounding == "stochastic"
+        extremes = kernels.extremes(values, layout)
         if not bool(extremes.isfinite().all()):
             raise not_finite(self, values)
-        wanted = self.sample and max(self.sample // layout.groups, MIN_SAMPLE << self.bits)
-        sample = layout.sample(values, sample_stride(layout.group_size, wanted)).double()
-        ordered = sorted_rows(torch.cat((sample, extremes.t()), dim=1)) + 0.0
+        book = torch.empty(layout.groups, 1 << self.bits, dtype=table_spec.dtype, device=x.device)
         fits = start is not None and start.shape == table_spec.shape
-        start = start.to(x.device).double().view(layout.groups, -1) if start is not None and fits else None
-        book = codebooks(ordered, 1 << self.bits, self.iterations, start)
-        if self.rounding == "stochastic":
+        start = start.to(x.device).double().view(book.shape) if start is not None and fits else None
+        wanted = self.sample and max(self.sample // layout.groups, MIN_SAMPLE << self.bits)
+        for groups, ordered in sorted_samples(values, layout, extremes, wanted):
+            begun = start if start is None else start[groups]
+            book[groups] = codebooks(Sample(ordered), 1 << self.bits, self.iterations, begun).to(book.dtype)
+        if stochastic:
             book[:, 0], book[:, -1] = extremes + 0.0
-        book = book.to(table_spec.dtype)
-        return self._codes(values, book, layout), book.view(table_spec.shape)
-
-    def _codes(self, values: Tensor, codebook: Tensor, layout: Layout) -> Tensor:
-        """The packed codes of flat values, by codebooks [groups, 2**bits]."""
-        count, device = values.numel(), values.device
-        packed = values.new_empty(packed_bytes(count, self.bits), dtype=torch.uint8)
-        size = min(block_size(device), count)
-        wide, stochastic = codebook.double(), self.rounding == "stochastic"
-        # Of an element, the last value up to it; or the last value whose cell begins up to it.
-        bounds = wide if stochastic else torch.cat((wide[:, :1], wide[:, :-1] / 2 + wide[:, 1:] / 2), dim=1)
-        search = BucketSearch(bounds, codebook.dtype, size)
-        seed = seeds(codebook.view(layout.groups, 2, -1).transpose(0, 1)) if stochastic else None
-        for start, length in blocks(count, size):
-            block = values[start : start + length]
-            group = element_groups(start, length, layout, device)
-            codes = search(block, group)
-            if seed is not None:
-                rows = wide if group is None else wide[group]
-                codes = _rounded(block.double(), codes, rows, dither_of(start, length, seed, group))
-            first = start * self.bits // 8
-            packed[first : first + packed_bytes(length, self.bits)] = pack(codes, self.bits)
-        return packed
-
-
-def _rounded(values: Tensor, lower: Tensor, codebook: Tensor, dither: Tensor) -> Tensor:
-    """The codes `lower` int32 [n] or the next ones, with the chance that keeps the mean."""
-    last = codebook.shape[1] - 1
-    index = torch.stack((lower, (lower + 1).clamp_(max=last))).long()
-    if len(codebook) == 1:
-        below, above = codebook[0][index]
-    else:
-        below, above = codebook.gather(1, index.t()).t()
-    span = above - below
-    share = torch.where(span > 0, (values - below) / torch.where(span > 0, span, 1.0), 0.0)
-    return lower + share.add_(dither).floor_().to(torch.int32)
+            codes = codebook_codes.encode_at_random(values, book, layout)
+        else:
+            codes = codebook_codes.encode(values, book, layout, kernels)
+        return codes, book.view(table_spec.shape)

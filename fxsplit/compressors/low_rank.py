@@ -145,7 +145,7 @@ class LowRank(Compressor):
         # the range of a 16-bit dtype, and the basis away from that dtype's lower end.
         lift = 2.0 ** math.ceil(math.log2(max(min(rows, width), 1)) / 2)
         along = basis * lift
-        across = torch.bmm(basis.mT, matrices) / lift  # [B, r, L]
+        across = torch.bmm(basis.mT, matrices).div_(lift)  # [B, r, L]
         left, right = (across.mT, along.mT) if tall else (along, across)
         return (left.to(x.dtype).contiguous(), right.to(x.dtype).contiguous()), basis
 

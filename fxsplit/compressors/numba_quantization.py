@@ -191,6 +191,62 @@ def quantize_any(
 
 
 @kernel
+def find(values: Array, start: int, inner: int, bounds: Array, codes: Array) -> None:
+    """As `quantize_any` where the bucket is the code."""
+    groups, done = bounds.shape[1], 0
+    while done < values.size:
+        if inner > 0:
+            run = (start + done) // inner
+            first, step, stop = run % groups, 0, min(values.size, (run + 1) * inner - start, done + PART)
+        else:
+            first, step = (start + done) % groups, 1
+            stop = min(values.size, done + groups - first, done + PART)
+        _find_buckets(values[done:stop], bounds, first, step, codes[done:stop])
+        done = stop
+
+
+@kernel
+def round_at_random(
+    values: Array,
+    start: int,
+    inner: int,
+    inverse: Floats,
+    seeds: Seeds,
+    limits: tuple[float, float, float],
+    scratch: Floats,
+    rounded: Array,
+) -> None:
+    """As `torch_kernels.round_at_random`, for elements from `start` on; by columns if `inner` is 0.
+
+    `limits` are the least normal number of the dtype, its epsilon, and its greatest number; `scratch` is memory
+    for `[2, PART]` numbers.
+    """
+    least, epsilon, most = limits
+    groups, done = inverse.size, 0
+    scaled, units = scratch[0], scratch[1]
+    bits, unit_bits = scaled.view(np.int64), units.view(np.int64)
+    while done < values.size:
+        if inner > 0:
+            run = (start + done) // inner
+            first, step, stop = run % groups, 0, min(values.size, (run + 1) * inner - start, done + PART)
+        else:
+            first, step = (start + done) % groups, 1
+            stop = min(values.size, done + groups - first, done + PART)
+        part, out = values[done:stop], rounded[done:stop]
+        for k in range(part.size):
+            scaled[k] = np.float64(part[k]) * inverse[first + k * step]
+        for k in range(part.size):
+            unit_bits[k] = bits[k] & 0x7FF0000000000000
+        for k in range(part.size):
+            units[k] = max(units[k], least) * epsilon
+            scaled[k] /= units[k]
+        _dither(start + done, seeds[first : first + 1 + (part.size - 1) * step], scaled[: part.size])
+        for k in range(part.size):
+            out[k] = min(max(np.floor(scaled[k]) * units[k], -most), most)
+        done = stop
+
+
+@kernel
 def _find_buckets(part: Array, bounds: Array, first: int, step: int, places: Array) -> None:
     """Fills `places` with the buckets of values of group `first`, or of the columns from there on."""
     buckets = bounds.shape[0]

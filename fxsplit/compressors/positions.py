@@ -26,7 +26,7 @@ def positions_bytes(count: int, total: int) -> int:
     >>> positions_bytes(100, 1000), positions_bytes(500, 1000)
     (66, 125)
     """
-    low_bits = _low_bits(count, total)
+    low_bits = low_bits_of(count, total)
     return -(-total // 8) if low_bits is None else _elias_fano_bytes(count, total, low_bits)
 
 
@@ -44,7 +44,7 @@ def pack_positions(positions: Tensor, total: int) -> Tensor:
     [9]
     """
     count = positions.numel()
-    low_bits = _low_bits(count, total)
+    low_bits = low_bits_of(count, total)
     if low_bits is None:
         return pack(_marks(positions, total), 1)
     order = torch.arange(count, device=positions.device)
@@ -75,7 +75,7 @@ def unpack_positions(packed: Tensor, count: int, total: int) -> Tensor:
             found=f"{packed.dtype} of shape {tuple(packed.shape)}",
             allowed=f"torch.uint8 of shape ({size},)",
         )
-    low_bits = _low_bits(count, total)
+    low_bits = low_bits_of(count, total)
     if low_bits is None:
         positions = _marked(unpack(packed, 1, total), count)
     else:
@@ -87,7 +87,7 @@ def unpack_positions(packed: Tensor, count: int, total: int) -> Tensor:
     return positions.clamp_(0, max(total - 1, 0))
 
 
-def _low_bits(count: int, total: int) -> int | None:
+def low_bits_of(count: int, total: int) -> int | None:
     """How many bits Elias-Fano keeps apart; None: the bitmap is as small."""
     least, low_bits = min((_elias_fano_bytes(count, total, bits), bits) for bits in range(MAX_BITS + 1))
     return None if least >= -(-total // 8) else low_bits

@@ -93,8 +93,8 @@ class PowerIteration(LowRank):
             basis, count = last + SHAKE * basis, self.iterations
         for _ in range(count):
             # Of size one before each product: very small values would vanish in it and very large overflow.
-            across = torch.bmm(matrices.mT, basis * unit)  # [B, L, r]
-            basis = orthonormal(torch.bmm(matrices, across * unit))
+            across = torch.bmm(matrices.mT, basis * unit).mul_(unit)  # [B, L, r]
+            basis = orthonormal(torch.bmm(matrices, across))
         return basis
 
 

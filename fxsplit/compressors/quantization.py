@@ -24,7 +24,7 @@ from fxsplit.compressors import torch_kernels
 from fxsplit.compressors.base import Compressor
 from fxsplit.compressors.floating import DTYPES as DTYPES
 from fxsplit.compressors.floating import check_floating, not_finite, plain, wide_dtype
-from fxsplit.compressors.grouping import Layout, check_group, check_rounding
+from fxsplit.compressors.grouping import Layout, check_group, check_rounding, group_of
 from fxsplit.compressors.kernels import Kernels, kernels_for
 from fxsplit.compressors.packing import packed_bytes
 from fxsplit.compressors.ranges import RangeRule
@@ -40,10 +40,11 @@ class Quantization(Compressor):
     Args:
         bits: bits an element, 2 to 16.
         group: which elements share ranges: "tensor", all of them, as in the documents; "sample", those of one
-            index of dimension 0; "channel", those of one index of dimension 1, or of the last dimension if
-            there are three ([batch, tokens, channels]); or an integer from 8, blocks of so many elements one
-            after the other, which must divide the size of the tensor. A tensor that lacks the dimension is
-            one group.
+            index of dimension 0; "channel", those of one index of dimension 1, or of the last dimension if there
+            are three ([batch, tokens, channels]); "auto", as "channel", but as "tensor" where the tables of the
+            channels would be more than an eighth of the codes (`grouping.group_of`); or an integer from 8, blocks
+            of so many elements one after the other, which must divide the size of the tensor. A tensor that
+            lacks the dimension is one group.
         rounding: "nearest", ties to even; or "stochastic", up or down at random, so that the mean of what is
             received is the value sent. The random numbers depend on the element's place and the ranges of its
             group alone (`scheme.dither`); the ends of a range stay as they are.
@@ -87,8 +88,8 @@ class Quantization(Compressor):
                 be divided into blocks of `group` elements.
         """
         check_floating(self, spec)
-        layout = Layout.of(spec, self.group)
-        groups = () if self.group == "tensor" else (layout.groups,)
+        group = self.group_for(spec)
+        groups = () if group == "tensor" else (Layout.of(spec, group).groups,)
         codes = TensorSpec((packed_bytes(spec.numel, self.bits),), torch.uint8)
         return codes, TensorSpec((2, *groups, 1 << self.split_bits), wide_dtype(spec.dtype))
 
@@ -150,7 +151,15 @@ class Quantization(Compressor):
         table = table.reshape(2, scheme.layout.groups, scheme.buckets)
         return kernels_for(codes.device, spec.numel).decode(codes, table, scheme, spec)
 
+    def group_for(self, spec: TensorSpec) -> str | int:
+        """The groups of a tensor of this spec: `group`, with "auto" decided."""
+        table_bytes = 2 * wide_dtype(spec.dtype).itemsize << self.split_bits
+        return group_of(self.group, spec, self.bits, table_bytes)
+
     def _scheme(self, spec: TensorSpec) -> Scheme:
         return Scheme(
-            Layout.of(spec, self.group), self.bits, self.split_bits, stochastic=self.rounding == "stochastic"
+            Layout.of(spec, self.group_for(spec)),
+            self.bits,
+            self.split_bits,
+            stochastic=self.rounding == "stochastic",
         )

@@ -100,6 +100,10 @@ class Remembering(Compressor):
             memory["kept"] = x.clone()  # the stage that gets it may change it in place
         return x
 
+    def for_gradients(self) -> Compressor:
+        """What the inner one wants for gradients, with the same option."""
+        return Remembering(self.inner.for_gradients(), self.feedback, self.delta)
+
     def memory_bytes(self, spec: TensorSpec) -> tuple[int, int]:
         """One tensor at the sender, for deltas at the receiver too, and what the inner one keeps."""
         sending, receiving = self.inner.memory_bytes(spec)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxsplit.compressors.grouping import Layout
+from fxsplit.compressors.grouping import Layout, sample_stride
+
+SEEDING = 64
+"""About so many elements of a group go into its seed."""
 
 _LOW_32 = 0xFFFFFFFF
 
@@ -68,6 +71,20 @@ def make_table(minima: Tensor, maxima: Tensor, levels: int, dtype: torch.dtype) 
     return torch.stack((minima, steps)).to(dtype), minima, inverse
 
 
+def value_table(values: Tensor) -> Tensor:
+    """A table of ranges of one value each, so that codes stand for these values and nothing else.
+
+    Its scheme has S = bits and Q = 0.
+
+    Args:
+        values: `[groups, 2**bits]`, float32 or float64.
+
+    Returns:
+        `[2, groups, 2**bits]`; the steps are -0.0, which added to a value leaves all of it, the sign of zero too.
+    """
+    return torch.stack((values, torch.full_like(values, -0.0)))
+
+
 def mix(numbers: Tensor) -> Tensor:
     """A hash of 32-bit numbers in which every bit depends on all (`lowbias32`), in int64.
 
@@ -96,6 +113,23 @@ def seeds(table: Tensor) -> Tensor:
     words = table.transpose(0, 1).contiguous().view(torch.int32).view(table.shape[1], -1).long() & _LOW_32
     places = torch.arange(1, words.shape[1] + 1, device=table.device) * 0x9E3779B9
     return mix(mix(words + places & _LOW_32).sum(1) & _LOW_32)
+
+
+def seeds_of(values: Tensor, layout: Layout, extremes: Tensor) -> Tensor:
+    """The seed of each group where no table of ranges is sent: a hash of its extremes and of some elements.
+
+    Both, since activations may have the same extremes at every step, and sampled gradients may be zeros.
+
+    Args:
+        values: flat, not empty.
+        layout: their groups.
+        extremes: float64 `[2, groups]`.
+
+    Returns:
+        int64 `[groups]`, as `seeds`.
+    """
+    some = layout.sample(values, sample_stride(layout.group_size, SEEDING)).double()
+    return seeds((torch.cat((extremes.t(), some), dim=1) + 0.0)[None])  # 0.0 for -0.0
 
 
 def dither(elements: Tensor, seed: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fxsplit.compressors.low_rank import LowRank
 
+PARTS, LEAST = 64, 1 << 17
+"""So many parts of the batch, of so many elements at least, are multiplied in float64 one after the other."""
+
 
 @dataclass(frozen=True)
 class SVD(LowRank):
@@ -41,6 +44,11 @@ class SVD(LowRank):
 
     def basis(self, matrices: Tensor, rank: int, unit: float, start: Tensor | None) -> Tensor:
         """Eigenvectors of the largest eigenvalues, largest first."""
-        wide = matrices.double() * unit
-        vectors: Tensor = torch.linalg.eigh(torch.bmm(wide, wide.mT)).eigenvectors  # [B, S, S], ascending
+        batch, side, length = matrices.shape
+        products = matrices.new_empty((batch, side, side), dtype=torch.float64)
+        at_once = max(1, batch // PARTS, LEAST // max(side * length, 1))
+        for first in range(0, batch, at_once):
+            wide = matrices[first : first + at_once].to(torch.float64, copy=True).mul_(unit)
+            torch.bmm(wide, wide.mT, out=products[first : first + at_once])
+        vectors: Tensor = torch.linalg.eigh(products).eigenvectors  # [B, S, S], ascending
         return vectors[..., -rank:].flip(-1).to(matrices.dtype)

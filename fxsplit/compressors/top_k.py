@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fxsplit.compressors import cpu_kernels, cpu_sparse, sparse
 from fxsplit.compressors.base import Compressor
 from fxsplit.compressors.floating import check_floating, check_ratio, not_finite, plain
-from fxsplit.compressors.positions import pack_positions, positions_bytes, unpack_positions
+from fxsplit.compressors.kernels import COMPILED_FROM
+from fxsplit.compressors.positions import positions_bytes
 from fxsplit.spec import TensorSpec
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,11 @@ class TopK(Compressor):
         """
         check_floating(self, TensorSpec.of(x))
         values = plain(x).view(-1)
-        positions = _largest(values, self.count(values.numel()))
-        kept = values[positions]
+        kept, positions = _kernels(x.device, x.numel()).gather_largest(values, self.count(values.numel()))
         # NaN and infinity have the largest magnitudes of all, so that they would be among these.
-        if not bool(kept.isfinite().all()):
+        if kept.numel() and not bool(torch.stack(torch.aminmax(kept)).isfinite().all()):
             raise not_finite(self, values)
-        return kept, pack_positions(positions, values.numel())
+        return kept, positions
 
     def decode(self, payload: Sequence[Tensor], spec: TensorSpec) -> Tensor:
         """Zeros with the elements at their positions, a new contiguous tensor of `spec`.
@@ -90,28 +88,18 @@ class TopK(Compressor):
         """
         self.check_payload(payload, spec)
         kept, packed = payload
-        positions = unpack_positions(packed, kept.numel(), spec.numel)
-        decoded = torch.zeros(spec.numel, dtype=spec.dtype, device=kept.device)
-        return decoded.index_copy_(0, positions, kept).view(spec.shape)
+        return _kernels(kept.device, spec.numel).scatter(kept, packed, spec.numel).view(spec.shape)
 
 
-def _largest(values: Tensor, count: int) -> Tensor:
-    """Positions of the `count` elements of largest magnitude, int64, ascending."""
-    if count == 0:
-        return torch.zeros(0, dtype=torch.int64, device=values.device)
-    dtype = _BITS[values.element_size()]
-    # Without the sign the bits of floating point numbers, read as an integer, are in the order of magnitude.
-    magnitudes = values.view(dtype) & torch.iinfo(dtype).max
-    bound = _kth_largest(magnitudes, count)
-    chosen = magnitudes > bound
-    ties = (magnitudes == bound).nonzero().view(-1)
-    chosen[ties[: count - int(chosen.sum())]] = True
-    return torch.nonzero_static(chosen, size=count).view(-1)
+class _Kernels(Protocol):
+    """What `sparse` offers."""
+
+    def gather_largest(self, values: Tensor, count: int) -> tuple[Tensor, Tensor]: ...
+
+    def scatter(self, kept: Tensor, packed: Tensor, total: int) -> Tensor: ...
 
 
-def _kth_largest(magnitudes: Tensor, count: int) -> int:
-    """The `count`-th largest of some integers."""
-    if magnitudes.device.type == "cpu":  # many times as fast there as torch
-        index = magnitudes.numel() - count
-        return int(np.partition(magnitudes.numpy(), index)[index])
-    return int(torch.topk(magnitudes, count, sorted=False).values.min())
+def _kernels(device: torch.device, count: int) -> _Kernels:
+    """The fastest that work on a device, for a tensor of so many elements."""
+    compiled = device.type == "cpu" and count >= COMPILED_FROM and cpu_kernels.available()
+    return cpu_sparse if compiled else sparse

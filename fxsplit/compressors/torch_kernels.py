@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxsplit.compressors.floating import wide_dtype
-from fxsplit.compressors.grouping import Layout
+from fxsplit.compressors.grouping import Layout, tiles
 from fxsplit.compressors.packing import pack, packed_bytes, unpack
 from fxsplit.compressors.ranges import RangeRule, Ranges, found_ranges
 from fxsplit.compressors.scheme import Scheme, dither
@@ -18,6 +18,9 @@ from fxsplit.spec import TensorSpec
 
 MAX_COMPARED_BUCKETS = 65
 """Up to so many buckets, comparing with each minimum in turn is faster than a binary search an element."""
+
+EXPONENT_BITS = 0x7FF0000000000000
+"""Where the exponent of a float64 is: these bits of a normal number are the power of two up to its magnitude."""
 
 
 def extremes(values: Tensor, layout: Layout) -> Tensor:
@@ -74,6 +77,10 @@ def encode(values: Tensor, minima: Tensor, inverse: Tensor, seeds: Tensor | None
         scaled, codes, rows, gathered = (buffer[:length] for buffer in buffers)
         group = element_groups(start, length, scheme.layout, device)
         bucket = None if search is None else search(block, group)
+        first = start * bits // 8
+        if bucket is not None and scheme.levels == 0:
+            packed[first : first + packed_bytes(length, bits)] = pack(bucket, bits)
+            continue
         scaled.copy_(block)
         if group is None and bucket is None:
             scaled.sub_(minima.view(())).mul_(inverse.view(()))
@@ -88,7 +95,6 @@ def encode(values: Tensor, minima: Tensor, inverse: Tensor, seeds: Tensor | None
         codes.copy_(scaled.clamp_(0, scheme.levels))
         if bucket is not None:
             codes.add_(bucket, alpha=scheme.levels + 1)
-        first = start * bits // 8
         packed[first : first + packed_bytes(length, bits)] = pack(codes, bits)
     return packed
 
@@ -117,6 +123,33 @@ def decode(packed: Tensor, table: Tensor, scheme: Scheme, spec: TensorSpec) -> T
             found = minima[rows] + steps[rows] * (codes & scheme.levels)
             block.copy_(_narrow(found.clamp_(limits.min, limits.max), spec.dtype))
     return decoded.view(spec.shape)
+
+
+def round_at_random(values: Tensor, inverse: Tensor, seeds: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Each value times `inverse` as one of the two numbers of a shorter floating point dtype next to it.
+
+    With u of `dither`, it is floor(v / unit + u) * unit in float64, where unit is the distance of the dtype's
+    numbers about v, so that its mean is v; beyond the dtype's range it is the end of that.
+
+    Args:
+        values: flat, not empty, finite.
+        inverse: float64 `[groups]`, powers of two.
+        seeds: int64 `[groups]`.
+        layout: the groups of the values.
+        dtype: of 8 or 16 bits.
+
+    Returns:
+        The numbers, flat, in `dtype`.
+    """
+    rounded, limits = values.new_empty(values.numel(), dtype=dtype), torch.finfo(dtype)
+    for tile in tiles(layout, block_size(values.device)):
+        scaled = tile.of(values).double() * tile.by_group(inverse)
+        power = (scaled.view(torch.int64) & EXPONENT_BITS).view(torch.float64)
+        unit = power.clamp_(min=limits.smallest_normal).mul_(limits.eps)
+        elements = torch.arange(tile.start, tile.start + tile.numel, device=values.device)
+        scaled.div_(unit).add_(dither(elements.view(tile.shape), tile.by_group(seeds))).floor_().mul_(unit)
+        tile.of(rounded).copy_(scaled.clamp_(limits.min, limits.max).float())
+    return rounded
 
 
 def decoded_values(table: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:

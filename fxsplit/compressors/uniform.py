@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from fxsplit.compressors.grouping import Layout
+from fxsplit.compressors.base import Compressor
+from fxsplit.compressors.grouping import AUTO, Layout
 from fxsplit.compressors.quantization import Quantization
 from fxsplit.compressors.ranges import RangeRule
 
@@ -16,7 +17,7 @@ class Uniform(Quantization):
 
     Args:
         bits: bits an element, 2 to 16.
-        group: which elements share a range; see `Quantization`.
+        group: which elements share a range; "auto" by default, what trained best. See `Quantization`.
         rounding: "nearest" or "stochastic"; see `Quantization`.
 
     Wire: codes, uint8 `[ceil(n * bits / 8)]`; table `[2, 1]` or `[2, groups, 1]`, minimum and step. The error
@@ -31,6 +32,8 @@ class Uniform(Quantization):
 
     name: ClassVar[str] = "uniform"
 
+    group: str | int = field(default=AUTO, kw_only=True)
+
     @property
     def split_bits(self) -> int:
         """No bits choose a bucket: there is one."""
@@ -39,3 +42,12 @@ class Uniform(Quantization):
     def rule(self, layout: Layout) -> RangeRule:
         """The minimum and the maximum of all values of each group."""
         return RangeRule(1)
+
+    def for_gradients(self) -> Compressor:
+        """Itself from 8 bits on, else with 8 bits."""
+        return milder(self, self.bits)
+
+
+def milder(codec: Compressor, bits: int) -> Compressor:
+    """What gradients go through where activations go through a quantizer: that from 8 bits on, else `uniform8`."""
+    return codec if bits >= 8 else Uniform(8)

@@ -22,7 +22,7 @@ from fxsplit.passes import rewrite
 from fxsplit.planning import Budget, Placement, Plan, check_available, parse_devices
 from fxsplit.planning import plan as make_plan
 from fxsplit.planning.guard import Guard
-from fxsplit.planning.planner import check_chunks
+from fxsplit.planning.planner import GIVEN, check_chunks
 from fxsplit.planning.profile import Profile
 from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.runtime.built import Built
@@ -47,6 +47,7 @@ def compile(
     cuts: Sequence[str] | None = None,
     chunks: int | str = 1,
     budget: Budget | None = None,
+    placement: str = GIVEN,
     guard: Guard | None = None,
     profile: Profile | None = None,
     plan: Plan | str | None = None,
@@ -74,6 +75,8 @@ def compile(
         cuts: module names at which the stages but the first begin; chosen by cost if not given.
         chunks: micro-batches that a batch is cut into; "auto" chooses, and needs `example_inputs`.
         budget: limits that a plan must keep, and assumptions about the link.
+        placement: "given", every device of the list gets a stage; or "auto", which needs `example_inputs`: all but
+            the client's may be left out, and the client may send the inputs as they are and compute nothing.
         guard: what `compressor="auto"` may choose from.
         profile: measured speeds of devices and codecs; what is not in it is estimated.
         plan: a saved plan, or the path of one, instead of `cuts`, `compressor`, `chunks` and `schedule`.
@@ -113,18 +116,21 @@ def compile(
     if chunks != AUTO:
         check_chunks(chunks)
         find_schedule(schedule).orders([p.worker for p in placements], int(chunks), Times.unit(len(placements)))
-    elif example_inputs is None:
-        raise PlanError("chunks='auto' looks at the batch", found="no example_inputs", hint="give example_inputs")
+    if example_inputs is None and AUTO in (chunks, placement):
+        name = "chunks" if chunks == AUTO else "placement"
+        raise PlanError(f"{name}='auto' looks at the batch", found="no example_inputs", hint="give example_inputs")
     check_names(model, cuts or ())
     if deferred_batch_norm:
         check_batch_norms(model)
     chosen = find_transport(transport) if listen is None else listening(listen, token, placements, transport)
     _check_shared_devices(placements, transport)
     options: dict[str, Any] = {"cuts": cuts, "chunks": chunks, "schedule": schedule, "budget": budget}
-    options |= {**asked, "guard": guard, "profile": profile}
+    options |= {**asked, "placement": placement, "guard": guard, "profile": profile}
     builder = _Builder(model, placements, plan, options, verify, deferred_batch_norm)
     built = None if example_inputs is None else builder(Arguments.of(example_inputs), None, False)
     count = built.plan.chunks if built is not None else int(chunks)
+    if built is not None:
+        placements = parse_devices(built.plan.devices)
     return Pipeline(model, placements, count, chosen, builder, built, deferred_batch_norm, has_learned)
 
 
@@ -160,7 +166,7 @@ class _Builder:
             traced = trace(self.model, example, cuts=first.cut_names, verify=self.verify, exact=exact)
         if self.verify:  # without compressors: these change the numbers, and are meant to
             plain = replace(made, compressor="none", gradient_compressor="none")
-            verify_split(rewrite(traced, plain), len(self.placements), example, exact=exact)
+            verify_split(rewrite(traced, plain), len(made.parts), example, exact=exact)
         if self.deferred and any(graph.front_end == "export" for graph in traced.graphs.values()):
             raise PipelineError(
                 "deferred_batch_norm needs batch norm layers, and torch.export has taken them apart",
@@ -182,9 +188,10 @@ class _Builder:
             warnings.warn(f"{type(self.model).__name__}: {note}", stacklevel=6)
         costs = analyze(traced, example)
         devices = tuple(placement.spelling for placement in self.placements)
-        made = self.plan or make_plan(costs, devices, **self.options)
-        _check_plan(made, costs, devices)
-        return traced, made
+        if self.plan is None:
+            return traced, make_plan(costs, devices, **self.options)
+        _check_plan(self.plan, costs, devices)
+        return traced, self.plan
 
 
 def _on_model(model: nn.Module, example: Arguments, client: str) -> Arguments:

@@ -199,7 +199,7 @@ def test_dynamic_programming_finds_what_enumeration_finds(seed: int, monkeypatch
     monkeypatch.setattr(planner, "EXACT_CELLS", 0)
     found = plan(costs, devices, **options)
     assert found.is_optimal and found.predicted_step_s == pytest.approx(best.predicted_step_s, rel=1e-6)
-    limit = {"macs": {found.parts[-1].device: max(found.parts[-1].macs - 1, 0)}}
+    limit: dict[str, Any] = {"macs": {found.parts[-1].device: max(found.parts[-1].macs - 1, 0)}}
     bound = Budget(bandwidth=options["budget"].bandwidth, **limit)
     outcomes = []
     for cells in (0, 4_000_000):

@@ -145,20 +145,24 @@ class Work:
 
 
 def _hop_uses(sender: str, receiver: str, hop: HopBound, head: FloatArray, tail: FloatArray) -> list[_Use]:
+    after = hop.latency + hop.decode + tail
     return [
-        _Use((sender, "encode"), hop.encode, head, hop.wire + hop.decode + tail),
-        _Use((sender, receiver), hop.wire, head + hop.encode, hop.decode + tail),
-        _Use((receiver, "decode"), hop.decode, head + hop.encode + hop.wire, tail),
+        _Use((sender, "encode"), hop.encode, head, hop.wire + after),
+        _Use((sender, receiver), hop.wire, head + hop.encode, after),
+        _Use((receiver, "decode"), hop.decode, head + hop.encode + hop.wire + hop.latency, tail),
     ]
 
 
 def _bound(uses: Iterable[_Use], path: FloatArray, chunks: int) -> FloatArray:
-    """The path, or the busiest resource with the least way before and after it."""
+    """The path, or the busiest resource with the least way before and after it, by all of its work or a part."""
     groups: dict[object, list[_Use]] = defaultdict(list)
     for use in uses:
         groups[use.resource].append(use)
     found = [path]
     for group in groups.values():
+        found += [np.where(u.load > 0, u.head + chunks * u.load + u.tail, 0.0) for u in group]
+        if len(group) == 1:
+            continue
         # A resource that a candidate does not use must not lend its short ways to the others.
         heads = reduce(np.minimum, (np.where(u.load > 0, u.head, np.inf) for u in group))
         tails = reduce(np.minimum, (np.where(u.load > 0, u.tail, np.inf) for u in group))

@@ -60,7 +60,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class _Uses:
+class Uses:
     """The uses of values by nodes (or by the output), a row each.
 
     Attributes:
@@ -76,21 +76,21 @@ class _Uses:
     weights: IntArray
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[int, ...]], columns: int) -> _Uses:
+    def of(cls, rows: Sequence[tuple[int, ...]], columns: int) -> Uses:
         """From rows of made, after, used and the columns."""
         table = np.array(rows, np.int64).reshape(len(rows), -1) if rows else np.zeros((0, 3 + columns), np.int64)
         return cls(table[:, 0], table[:, 1], table[:, 2], table[:, 3:])
 
-    def separable(self, positions: IntArray) -> _Uses:
+    def separable(self, positions: IntArray) -> Uses:
         """Those that some cut can separate from the use before; the others make no edge of their own."""
         rows = np.searchsorted(positions, self.after, "right") < np.searchsorted(positions, self.used, "right")
-        return _Uses(self.made[rows], self.after[rows], self.used[rows], self.weights[rows])
+        return Uses(self.made[rows], self.after[rows], self.used[rows], self.weights[rows])
 
 
 class Lattice:
     """Scores candidates of one option: stages on given devices, with a given number of micro-batches."""
 
-    def __init__(self, problem: Problem, option: Option) -> None:
+    def __init__(self, problem: Problem, option: Option, uses: tuple[Uses, Uses, Uses]) -> None:
         self._problem, self._option = problem, option
         self._workers = [placement.worker for placement in option.placements]
         nodes = problem.costs.nodes
@@ -100,7 +100,7 @@ class Lattice:
         prefixes = {p: problem.prefixes(p, option.chunks) for p in option.placements}
         self._forward = {p: both[0] for p, both in prefixes.items()}
         self._backward = {p: both[1] for p, both in prefixes.items()}
-        self._between, self._inputs, self._outputs = _uses_of(problem)
+        self._between, self._inputs, self._outputs = uses
         self._cut_limits = limits_by_position(problem.costs, problem.budget)
 
     def score(self, axes: Sequence[IntArray]) -> Scores:
@@ -327,7 +327,7 @@ def _along(values: NDArray[_Number], axis: int, dims: int) -> NDArray[_Number]:
     return values.reshape([-1 if dim == axis else 1 for dim in range(dims)])
 
 
-def _uses_of(problem: Problem) -> tuple[_Uses, _Uses, _Uses]:
+def uses_of(problem: Problem) -> tuple[Uses, Uses, Uses]:
     """The uses of nodes' values by nodes, of inputs by nodes, and of nodes' values by the output."""
     rows: dict[Pair, list[tuple[int, ...]]] = {(0, 1): [], (-1, 1): [], (1, 2): []}
     nodes, end = problem.costs.nodes, len(problem.costs)
@@ -344,7 +344,7 @@ def _uses_of(problem: Problem) -> tuple[_Uses, _Uses, _Uses]:
             after = used
     positions = np.array(problem.positions, np.int64)
     width = len(FIXED) + len(problem.codecs_there) + len(problem.codecs_back)
-    between, inputs, outputs = (_Uses.of(uses, width) for uses in rows.values())
+    between, inputs, outputs = (Uses.of(uses, width) for uses in rows.values())
     return between.separable(positions), inputs.separable(positions), outputs
 
 
@@ -368,7 +368,7 @@ def columns_of(problem: Problem, value: Value, kind: Pair) -> tuple[int, ...]:
     return (1, int(value.is_compressible), value.nbytes, *coded, *wires, *gradients)
 
 
-def _maker_in(uses: _Uses, stage: int, stages: int) -> Intervals:
+def _maker_in(uses: Uses, stage: int, stages: int) -> Intervals:
     """Where the cuts must be for the value to be made in a stage."""
     intervals: Intervals = {}
     if stage > 0:
@@ -378,7 +378,7 @@ def _maker_in(uses: _Uses, stage: int, stages: int) -> Intervals:
     return intervals
 
 
-def _user_in(uses: _Uses, stage: int, stages: int) -> Intervals:
+def _user_in(uses: Uses, stage: int, stages: int) -> Intervals:
     """Where the cuts must be for this use to be the first of its value in a stage."""
     intervals: Intervals = {stage - 1: (uses.after, uses.used)}
     if stage < stages - 1:

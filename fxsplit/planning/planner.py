@@ -78,7 +78,7 @@ def plan(
         CompressorError: an unknown compressor.
     """
     placements = parse_devices(devices)
-    _check_names(schedule, placement, objective)
+    check_choices(schedule, placement, objective)
     budget = Budget() if budget is None else budget
     if not isinstance(budget, Budget):
         raise BudgetError("budget is not a Budget", found=repr(budget), allowed="fxsplit.Budget(...)")
@@ -105,7 +105,12 @@ def plan(
     return _built(problem, choice, names)
 
 
-def _check_names(schedule: str, placement: str, objective: str) -> None:
+def check_choices(schedule: str, placement: str, objective: str) -> None:
+    """Refuses names that are none.
+
+    Raises:
+        PlanError: always then, with those there are.
+    """
     known = (("schedule", schedule, SCHEDULES), ("placement", placement, (GIVEN, AUTO)))
     for what, found, allowed in (*known, ("objective", objective, OBJECTIVES)):
         if found not in allowed:

@@ -10,7 +10,7 @@ import numpy as np
 from fxsplit.errors import PlanError
 from fxsplit.planning.bounds import FloatArray
 from fxsplit.planning.draft import Draft
-from fxsplit.planning.lattice import IntArray, Lattice
+from fxsplit.planning.lattice import IntArray, Lattice, uses_of
 from fxsplit.planning.limits import violations
 from fxsplit.planning.problem import Option, Problem
 from fxsplit.planning.stages import Codecs
@@ -64,6 +64,7 @@ class Search:
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
+        self._uses = uses_of(problem)
         self._best: Draft | None = None
         self._key = (float("inf"), float("inf"))  # violation of the budget, value
         self._drafts = 0
@@ -97,7 +98,7 @@ class Search:
         return PlanError("no plan was found", found=self._problem.schedule)
 
     def _cells(self, option: Option) -> _Cells | None:
-        lattice, axes = Lattice(self._problem, option), self._axes(len(option.cuts))
+        lattice, axes = Lattice(self._problem, option, self._uses), self._axes(len(option.cuts))
         if axes is None:
             return None
         if not axes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from fxsplit.compressors import Compressor
@@ -102,6 +103,10 @@ def plan(
     _check_places(problem)
     choice = (Search(problem) if problem.is_small(EXACT_CELLS) else LongSearch(problem)).run()
     check_budget(choice.draft, costs, budget, searched=cuts is None)
+    if names:  # how good the given cuts are beside all others
+        free = replace(problem, given=None)
+        bound = Search(free).least_bound() if free.is_small(EXACT_CELLS) else 0.0
+        choice = Choice(choice.draft, min(bound, choice.draft.value), False)
     return _built(problem, choice, names)
 
 
@@ -190,7 +195,7 @@ def _built(problem: Problem, choice: Choice, names: Sequence[str] | None) -> Pla
         recomputed=tuple(need.recomputed for need in draft.needs),
         predicted_step_s=step_s,
         lower_bound_s=step_s if choice.is_optimal else min(ratio, 1.0) * step_s,
-        is_optimal=choice.is_optimal and not names,
+        is_optimal=choice.is_optimal,
         note=_note(problem, draft.placements, given=names is not None),
     )
 

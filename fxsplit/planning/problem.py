@@ -93,7 +93,8 @@ class Problem:
 
     def prefixes(self, placement: Placement, chunks: int) -> tuple[FloatArray, FloatArray]:
         """Seconds of a micro-batch of all nodes before each, on a device: forward and backward."""
-        key = placement.spelling if self.profile.is_measured(placement) else placement.device_type
+        is_measured = self.profile.is_measured(placement)
+        key = is_measured, placement.spelling if is_measured else placement.device_type
         if key not in self._seconds:
             rows = [self.profile.node(node, placement) for node in self.costs.nodes]
             table = np.array([(row.forward_s, row.backward_s, row.call_s) for row in rows]).reshape(-1, 3)
@@ -102,7 +103,7 @@ class Problem:
         return forward / chunks + call, backward / chunks + call
 
     @cached_property
-    def _seconds(self) -> dict[str, FloatArray]:
+    def _seconds(self) -> dict[tuple[bool, str], FloatArray]:
         """[3, nodes + 1] by device, or by type of device if it was not measured."""
         return {}
 

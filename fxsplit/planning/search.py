@@ -87,6 +87,11 @@ class Search:
         bound = min(self._left, self._best.value)
         return Choice(self._best, bound, bound >= self._best.value * (1.0 - SAME))
 
+    def least_bound(self) -> float:
+        """No choice of cuts comes below this, whatever the budget."""
+        found = [c for option in self._problem.options() if (c := self._cells(option)) is not None]
+        return min((float(cells.bound.min()) for cells in found if len(cells.bound)), default=0.0)
+
     def _refused(self) -> PlanError:
         """What the schedule says of the first option."""
         option = next(iter(self._problem.options()))

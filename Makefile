@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gpu-test lint coverage bench-tracing clean
+.PHONY: help setup demo test gpu-test lint coverage bench-tracing bench-codecs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -35,6 +35,9 @@ coverage: $(STAMP) ## compile some 150 models and compare with the committed res
 
 bench-tracing: $(STAMP) ## measure what tracing costs, on one core, and fail if a target is missed (slow)
 	$(BIN)/python -m benchmarks.tracing --check
+
+bench-codecs: $(STAMP) ## measure what compressors cost, on one core, and fail if a target is missed
+	$(BIN)/python -m benchmarks.codecs speed --check
 
 clean: ## remove .venv and everything that was made
 	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

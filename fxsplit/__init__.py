@@ -14,6 +14,7 @@ from fxsplit.errors import FxsplitError
 from fxsplit.passes import rewrite
 from fxsplit.planning import Budget, Guard, Plan, Profile, plan
 from fxsplit.runtime.pipeline import Pipeline
+from fxsplit.runtime.torchrun import serve
 from fxsplit.split import split
 from fxsplit.trace import TracedModel, trace
 
@@ -32,6 +33,7 @@ __all__ = [
     "compressor",
     "plan",
     "rewrite",
+    "serve",
     "split",
     "trace",
 ]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +20,12 @@ from rich.text import Text
 
 from fxsplit.analyze import analyze as analyze_costs
 from fxsplit.commands import planning as options
+from fxsplit.commands.bench import bench
+from fxsplit.commands.common import errors_as_exit_status, names_in
+from fxsplit.commands.inputs import parse_inputs
 from fxsplit.commands.worker import worker
 from fxsplit.costs import CostTable
-from fxsplit.errors import FxsplitError, InputError, nearest
+from fxsplit.errors import InputError
 from fxsplit.model_source import InputShape, load_model
 from fxsplit.opening import trace_for_planning
 from fxsplit.planning import Plan, parse_devices
@@ -207,11 +209,11 @@ def analyze(
     plot: _Plot = None,
 ) -> None:
     """Show where a model would be cut, what each part computes, and what crosses each cut."""
-    with _errors_as_exit_status():
+    with errors_as_exit_status():
         # What the command line itself gets wrong is said before the work, which may take a minute.
         shapes = parse_inputs(inputs or ())
-        names = _list(cuts) if cuts and cuts.strip() else None
-        placements = parse_devices(_list(devices))
+        names = names_in(cuts) if cuts and cuts.strip() else None
+        placements = parse_devices(names_in(devices))
         if compressor != AUTO:
             Codecs.of(compressor, gradient_compressor, len(placements) - 1)
         chosen: dict[str, Any] = {
@@ -231,7 +233,7 @@ def analyze(
             _check_chunks(chosen["chunks"], costs.batch_size)
             plan = make_plan(
                 costs,
-                _list(devices),
+                names_in(devices),
                 cuts=names,
                 compressor=compressor,
                 gradient_compressor=gradient_compressor,
@@ -266,9 +268,9 @@ def trace_command(
     front_end: _FrontEnd = "auto",
 ) -> None:
     """Show how a model is traced: what is opened, verified and guarded, and what crosses each cut."""
-    with _errors_as_exit_status():
+    with errors_as_exit_status():
         shapes = parse_inputs(inputs or ())
-        names = _list(cuts) if cuts and cuts.strip() else None
+        names = names_in(cuts) if cuts and cuts.strip() else None
         check_front_end(front_end)
         with redirect_stdout(sys.stderr), Console(stderr=True).status(f"tracing {model}"):
             traced, costs, notes = _traced_costs_of(model, shapes, names, training, verify, front_end)
@@ -276,6 +278,7 @@ def trace_command(
 
 
 app.command()(worker)
+app.command()(bench)
 
 
 def _traced_costs_of(
@@ -346,73 +349,3 @@ def _print_plan(costs: CostTable, plan: Plan, mode: str, notes: Sequence[str], p
         console.print(Text(f"note: {note}", "yellow"), soft_wrap=True)
     if plot is not None:
         console.print(Text(f"picture: {plot}"), soft_wrap=True)
-
-
-@contextmanager
-def _errors_as_exit_status() -> Iterator[None]:
-    """Errors in their own words and status 1; Ctrl-C quietly, 130. A closed pipe is typer's: it ends quietly."""
-    try:
-        yield
-    except FxsplitError as error:
-        Console(stderr=True, highlight=False).print(Text(str(error), "red"), soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-
-
-def _list(text: str) -> list[str]:
-    return [entry.strip() for entry in text.split(",")]
-
-
-_DTYPES = {
-    "float": torch.float32,
-    "double": torch.float64,
-    "half": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "long": torch.int64,
-    "int": torch.int32,
-    "bool": torch.bool,
-}
-_INPUT = re.compile(r"(?:(?P<name>[^\W\d]\w*)=)?(?:(?P<dtype>[^:=,]*):)?(?P<sizes>[^:=]*)")
-
-
-def parse_inputs(texts: Sequence[str]) -> tuple[InputShape, ...]:
-    """Input shapes as they are written on the command line: '64,3,224,224', 'long:2,8;long:2,8', 'mask=bool:2,8'.
-
-    Raises:
-        InputError: one is malformed, empty, or names an unknown type or the same argument twice.
-
-    >>> parse_inputs(["2,8; mask=bool:2,8"])[1]
-    InputShape(shape=(2, 8), dtype=torch.bool, name='mask')
-    """
-    shapes = tuple(_parse_input(entry.strip()) for text in texts for entry in text.split(";"))
-    names = [shape.name for shape in shapes if shape.name is not None]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError("an input is given twice", where="--input", found=twice[0], allowed="each name once")
-    return shapes
-
-
-def _parse_input(text: str) -> InputShape:
-    match = _INPUT.fullmatch(text)
-    sizes = match["sizes"].replace(" ", "").split(",") if match is not None else []
-    if match is None or not all(re.fullmatch("[0-9]{1,18}", size) for size in sizes):
-        raise InputError(
-            "an input is not written as sizes",
-            where="--input",
-            found=repr(text),
-            allowed="whole numbers with commas, with a type or a name before them: NAME=TYPE:64,3,224,224",
-            hint="64,3,224,224, or long:32,128, or attention_mask=long:32,128",
-        )
-    dtype = match["dtype"]
-    if dtype is not None and dtype not in _DTYPES:
-        raise InputError(
-            "an input has an unknown type",
-            where="--input",
-            found=repr(dtype),
-            allowed=", ".join(_DTYPES),
-            hint=f"nearest: {nearest(dtype, _DTYPES)}",
-        )
-    shape = tuple(int(size) for size in sizes)
-    if 0 in shape:
-        raise InputError("an input is empty", where="--input", found=repr(text), allowed="sizes of at least 1")
-    return InputShape(shape, _DTYPES[dtype] if dtype else None, match["name"])

@@ -26,6 +26,7 @@ from fxsplit.planning.planner import GIVEN, check_chunks
 from fxsplit.planning.profile import Profile
 from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.runtime.built import Built
+from fxsplit.runtime.checkpointing import parse_policies
 from fxsplit.runtime.deferred_batch_norm import check_batch_norms
 from fxsplit.runtime.pipeline import Pipeline
 from fxsplit.runtime.transports import listening
@@ -55,6 +56,7 @@ def compile(
     transport: str = "rpc",
     verify: bool = True,
     deferred_batch_norm: bool = False,
+    checkpoint: str | Sequence[str] = "never",
     listen: str | None = None,
     token: str | None = None,
 ) -> Pipeline:
@@ -90,8 +92,11 @@ def compile(
             Each micro-batch is normalised by its own statistics in either case, so outputs and gradients are the
             same. With `chunks=1` the running statistics are the model's, but for the rounding of the last bits.
             SyncBatchNorm is refused.
+        checkpoint: "always" keeps the inputs of a stage and computes the rest again in its backward; "except_last"
+            spares the last micro-batch; "never". One for all stages, or a list of one for each.
         listen: "HOST:PORT" at which the named workers join from other machines, by `fxsplit worker --join`; see
-            docs/security.md. Not given: all workers are processes of this host.
+            docs/security.md. "torchrun": rank 0 is the client, and on every other rank this call is
+            `fxsplit.serve()`. Not given: all workers are processes of this host.
         token: what they must know; the environment's FXSPLIT_TOKEN if not given, else one is made and printed.
 
     Returns:
@@ -120,6 +125,7 @@ def compile(
         name = "chunks" if chunks == AUTO else "placement"
         raise PlanError(f"{name}='auto' looks at the batch", found="no example_inputs", hint="give example_inputs")
     check_names(model, cuts or ())
+    policies = parse_policies(checkpoint, len(placements))
     if deferred_batch_norm:
         check_batch_norms(model)
     chosen = find_transport(transport) if listen is None else listening(listen, token, placements, transport)
@@ -129,9 +135,10 @@ def compile(
     builder = _Builder(model, placements, plan, options, verify, deferred_batch_norm)
     built = None if example_inputs is None else builder(Arguments.of(example_inputs), None, False)
     count = built.plan.chunks if built is not None else int(chunks)
-    if built is not None:
+    if built is not None and len(built.plan.devices) != len(placements):
         placements = parse_devices(built.plan.devices)
-    return Pipeline(model, placements, count, chosen, builder, built, deferred_batch_norm, has_learned)
+        policies = parse_policies(checkpoint, len(placements))
+    return Pipeline(model, placements, count, chosen, builder, built, deferred_batch_norm, has_learned, policies)
 
 
 @dataclass

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from fxsplit.planning import Plan
+from fxsplit.planning import Placement, Plan
 from fxsplit.trace.call import Arguments
 from fxsplit.trace.traced import TracedModel
 
@@ -38,3 +39,11 @@ class WorkerInfo(NamedTuple):
     device: str
     host: str
     pid: int
+
+
+def worker_infos(placements: Iterable[Placement], places: Mapping[str, tuple[str, int]]) -> tuple[WorkerInfo, ...]:
+    """All workers, the client first, from where the stages are and where the workers are."""
+    devices: dict[str, dict[str, None]] = {}
+    for placement in placements:
+        devices.setdefault(placement.worker, {})[placement.device] = None
+    return tuple(WorkerInfo(name, ", ".join(own), *places[name]) for name, own in devices.items())

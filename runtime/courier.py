@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fxsplit.runtime.metrics import RunReport, Span
 from fxsplit.runtime.packet import Key, Packet
+from fxsplit.runtime.report import RunReport, Span
 from fxsplit.runtime.transport import Endpoint, wait
 from fxsplit.schedules import Action
 

@@ -18,9 +18,10 @@ from fxsplit.planning import Plan
 from fxsplit.runtime import shipping
 from fxsplit.runtime.failure import raise_failure
 from fxsplit.runtime.loss import Loss
-from fxsplit.runtime.metrics import LinkTraffic, Metrics, RunReport
+from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.packet import Key, Packet, pack, unpack
 from fxsplit.runtime.randomness import Randomness, set_states, state_key
+from fxsplit.runtime.report import LinkTraffic, RunReport
 from fxsplit.runtime.scheduler import Scheduler
 from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, Transport, wait, wait_done
@@ -59,11 +60,14 @@ class Run:
 class Engine:
     """Runs split models over a transport. Not safe to call from several threads at once."""
 
-    def __init__(self, transport: Transport, deferred_batch_norm: bool = False) -> None:
+    def __init__(
+        self, transport: Transport, deferred_batch_norm: bool = False, checkpoint: Sequence[str] = ()
+    ) -> None:
         self.metrics = Metrics()
         self.remote: tuple[str, ...] = ()
         self._transport = transport
         self._deferred_batch_norm = deferred_batch_norm
+        self._checkpoint = tuple(checkpoint)
         self._endpoint: Endpoint | None = None
         self._worker: Worker | None = None
         self._numbers = itertools.count(1)
@@ -97,6 +101,7 @@ class Engine:
     def load(self, split: SplitModel, plan: Plan, canonical: dict[str, str]) -> None:
         """Gives every worker its stages."""
         self._split, self._plan = split, plan
+        self.metrics.stage_count = len(plan.workers)
         self.scheduler = Scheduler(plan)
         modes = split.boundaries.keys()
         guarded = {m for m in modes if any(stage.ports(m).graph.is_guarded for stage in split.stages)}
@@ -105,7 +110,8 @@ class Engine:
             held = {i: split.stages[i] for i, name in enumerate(plan.workers) if name == worker}
             devices = {part.stage: part.device.rpartition("/")[2] for part in plan.parts if part.stage in held}
             arguments = (*shipping.dump(held), devices, plan.workers, canonical, guarded, TorchSettings.current())
-            futures[worker] = self._call(worker, "load", *arguments, self._deferred_batch_norm)
+            options = self._deferred_batch_norm, self._checkpoint
+            futures[worker] = self._call(worker, "load", *arguments, *options)
         self._gather(futures)
 
     # ------------------------------------------------------------------ commands

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fxsplit.compressors.base import Memory
 from fxsplit.errors import PipelineError
+from fxsplit.runtime.checkpointing import is_checkpointed, run_checkpointed
 from fxsplit.runtime.courier import Courier, SendError
 from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
 from fxsplit.runtime.loss import Loss
-from fxsplit.runtime.metrics import RunReport
 from fxsplit.runtime.packet import GradientTap, Key, Packet, pack, unpack
 from fxsplit.runtime.randomness import Randomness, seeded, set_states, state_key, states
+from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.split_backward import SplitBackward
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.schedules import Action, Work
@@ -61,12 +62,14 @@ class Holding:
         devices: of each.
         workers: the worker of every stage.
         batch_norms: the layers whose statistics are deferred.
+        checkpoint: the policy of every stage; empty: "never".
     """
 
     stages: Mapping[int, StageModule] = field(default_factory=dict)
     devices: Mapping[int, torch.device] = field(default_factory=dict)
     workers: tuple[str, ...] = ()
     batch_norms: DeferredBatchNorm = field(default_factory=lambda: DeferredBatchNorm(()))
+    checkpoint: tuple[str, ...] = ()
 
 
 class Executor:
@@ -116,6 +119,7 @@ class Executor:
         """
         self._number, self._run, self._surroundings, self._report = number, run, surroundings, report
         self._loss = loss
+        self._last = max((action.micro_batch for action in actions), default=0)
         # Where the model's outputs go: to the caller, or to the worker that makes the loss.
         self._ends = (*self._holding.workers, CLIENT_NAME if loss is None else loss.worker)
         try:
@@ -176,7 +180,7 @@ class Executor:
     def _take(self, edge: Edge, action: Action, backward: bool) -> tuple[Any, bool]:
         """A value and whether its maker waits for a gradient."""
         self._expect(edge, action, backward)
-        with self._report.timing("wait", action):
+        with self._report.timing("wait", self.action or action):
             value: tuple[Any, bool] = self._courier.take(self._key(edge, action, backward), self._check)
         return value
 
@@ -228,7 +232,7 @@ class Executor:
             inputs.append(value)
             del value  # the stage may free what it does not keep
         with self._drawing(action), self._report.timing(action.work, action), self._surroundings.active():
-            values = dict(zip(ports.outputs, module.run(mode, *inputs), strict=True))
+            values = dict(zip(ports.outputs, self._compute(action, inputs), strict=True))
         del inputs
         # What stays here may be changed in place by its user: what leaves is encoded first.
         for edge in sorted(ports.edges, key=lambda e: self._worker_of(e.target) == self._endpoint.name):
@@ -241,6 +245,18 @@ class Executor:
         if grad:
             kept = {n: v for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad}
             self._run.saved[action.stage, action.micro_batch] = _Saved(taps, kept)
+
+    def _compute(self, action: Action, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """The values that leave a stage."""
+        module, mode = self._holding.stages[action.stage], self._run.mode
+        if self._surroundings.grad and self._is_checkpointed(action):
+            drawing = self._holding.devices[action.stage] if module.ports(mode).draws_random_numbers else None
+            return run_checkpointed(module, partial(module.run, mode), inputs, drawing)
+        return module.run(mode, *inputs)
+
+    def _is_checkpointed(self, action: Action) -> bool:
+        policies = self._holding.checkpoint
+        return bool(policies) and is_checkpointed(policies[action.stage], action.micro_batch, self._last)
 
     @contextmanager
     def _drawing(self, action: Action) -> Iterator[None]:
@@ -287,7 +303,9 @@ class Executor:
         with self._report.timing(action.work, action):
             outputs = [saved.values[name] for name in gradients]
             if action.work is Work.INPUT:
-                saved.weights = SplitBackward(outputs, list(gradients.values()), list(saved.taps.values()))
+                # What is computed again would be so for each part.
+                taps = [] if self._is_checkpointed(action) else list(saved.taps.values())
+                saved.weights = SplitBackward(outputs, list(gradients.values()), taps)
                 saved.values = {}
             elif gradients:
                 torch.autograd.backward(outputs, list(gradients.values()))

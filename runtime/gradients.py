@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,14 +28,23 @@ class Gradients:
         self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._homes: dict[str, tuple[str, ...]] = {}
         self._tied: dict[str, tuple[str, ...]] = {}
+        self._trained: dict[str, bool] = {}
         self._norms: dict[str, Tensor] | None = None
         self._fetched: dict[str, float] = {}
         self._fetched_at = 0
 
-    def set_homes(self, homes: Mapping[str, tuple[str, ...]]) -> None:
-        """The workers that hold each parameter, home first."""
+    def set_homes(self, homes: Mapping[str, tuple[str, ...]], trained: Mapping[str, bool]) -> None:
+        """The workers that hold each parameter, home first, and whether they train it."""
+        self._trained = dict(trained)
         self._homes = dict(homes)
         self._tied = {name: workers for name, workers in homes.items() if len(workers) > 1}
+
+    def share_frozen(self, handles: Iterable[Tensor]) -> None:
+        """Tells the workers which parameters the client has frozen, or let be trained, since the last time."""
+        now = {str(getattr(handle, "parameter_name")): handle.requires_grad for handle in handles}  # noqa: B009
+        if changes := {name: wanted for name, wanted in now.items() if self._trained.get(name) != wanted}:
+            self.engine.broadcast("require_gradients", changes)
+            self._trained.update(changes)
 
     def changed(self) -> None:
         """What was fetched is out of date."""

@@ -184,6 +184,11 @@ def parse_address(text: str, where: str) -> tuple[str, int]:
     return match["six"] or match["host"], int(match["port"])
 
 
+def join_address(host: str, port: int) -> str:
+    """What `parse_address` takes apart."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def send_message(connection: socket.socket, message: dict[str, Any]) -> None:
     """Sends one message."""
     data = json.dumps(message).encode()

@@ -30,6 +30,7 @@ class Loss:
         worker: the worker that makes it.
         last_stage: the stage whose backward begins with it.
         returns_outputs: whether the outputs go to the client, too.
+        scale: factor of the gradients.
     """
 
     function: Callable[..., Any]
@@ -40,6 +41,7 @@ class Loss:
     worker: str
     last_stage: int
     returns_outputs: bool = True
+    scale: float = 1.0
 
     @property
     def edges(self) -> tuple[Edge, ...]:
@@ -81,7 +83,7 @@ class Loss:
             loss = self.function(output, _moved(self.targets[micro_batch], device))
         check_loss(loss)
         weighted = loss * self.weights[micro_batch]
-        weighted.backward()
+        (weighted if self.scale == 1.0 else weighted * self.scale).backward()
         return weighted.detach(), {edge: tap.gradient for edge, tap in taps.items()}
 
 

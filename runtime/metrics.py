@@ -1,150 +1,70 @@
-"""What was measured: bytes of every link and seconds of every worker, always on."""
+"""What was measured: bytes and seconds of every link, worker and stage, always on."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections import deque
+from dataclasses import dataclass, field, fields
 
+from rich.console import Group
 from rich.table import Table
-from torch import Tensor
 
 from fxsplit.planning.units import format_bytes, format_seconds
-from fxsplit.runtime.packet import Key, Packet
-from fxsplit.schedules import Action
+from fxsplit.runtime.report import LinkTraffic, RunReport, Span
 
+KEPT_REPORTS = 256
+"""Reports whose spans are kept for a trace: one a worker and phase."""
 
-class Span(NamedTuple):
-    """Something that took time on a worker or a link.
-
-    Attributes:
-        kind: "F", "B", "I", "W" as in `fxsplit.schedules.Work`; "loss"; "wait" of the thread that computes;
-            "encode", "send" and "decode" of a packet.
-        source: the stage at work, or the one that the packet comes from.
-        target: the same stage, or the one that it goes to.
-        micro_batch: of the batch.
-        start_s: by the worker's `time.perf_counter`.
-        end_s: the same.
-        wire_bytes: of the packet.
-        peer: the worker that it goes to; "" if it stays.
-    """
-
-    kind: str
-    source: int
-    target: int
-    micro_batch: int
-    start_s: float
-    end_s: float
-    wire_bytes: int = 0
-    peer: str = ""
-
-    @classmethod
-    def of_packet(cls, kind: str, key: Key, start_s: float, end_s: float, wire_bytes: int, peer: str = "") -> Span:
-        """A span of a packet, whose gradients go the other way than its values."""
-        source, target = (key.target, key.source) if key.backward else (key.source, key.target)
-        return cls(kind, source, target, key.micro_batch, start_s, end_s, wire_bytes, peer)
-
-    @property
-    def seconds(self) -> float:
-        """How long it was."""
-        return self.end_s - self.start_s
-
-
-@dataclass(frozen=True)
-class LinkTraffic:
-    """Bytes that one worker sent to another.
-
-    Attributes:
-        source: the sending worker.
-        target: the receiving worker.
-        backward: gradients, or values.
-        raw_bytes: before compression.
-        wire_bytes: as sent.
-        packets: how many packets they were.
-    """
-
-    source: str
-    target: str
-    backward: bool
-    raw_bytes: int
-    wire_bytes: int
-    packets: int
-
-    def __add__(self, other: LinkTraffic) -> LinkTraffic:
-        return replace(
-            self,
-            raw_bytes=self.raw_bytes + other.raw_bytes,
-            wire_bytes=self.wire_bytes + other.wire_bytes,
-            packets=self.packets + other.packets,
-        )
-
-
-@dataclass
-class RunReport:
-    """What one worker measured in one phase of a step, in seconds of its own clock.
-
-    The threads that encode and decode write into it beside the one that computes, each what is its own.
-
-    Attributes:
-        worker: its name.
-        compute_s: seconds of forwards, backwards and losses.
-        encode_s: seconds of its encoder.
-        decode_s: seconds of its decoder.
-        wait_s: seconds that the thread which computes had nothing to compute.
-        traffic: what it sent, by (receiver, backward).
-        spans: what it did when.
-        losses: of the micro-batches, weighted, if the loss is made here.
-    """
-
-    worker: str
-    compute_s: float = 0.0
-    encode_s: float = 0.0
-    decode_s: float = 0.0
-    wait_s: float = 0.0
-    traffic: dict[tuple[str, bool], LinkTraffic] = field(default_factory=dict)
-    spans: list[Span] = field(default_factory=list)
-    losses: list[Tensor] = field(default_factory=list)
-
-    @contextmanager
-    def timing(self, kind: str, action: Action) -> Iterator[None]:
-        """What is inside is an action's, or its "wait" or "loss"."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            end = time.perf_counter()
-            what = "wait_s" if kind == "wait" else "compute_s"
-            setattr(self, what, getattr(self, what) + end - start)
-            self.spans.append(Span(kind, action.stage, action.stage, action.micro_batch, start, end))
-
-    def encoded(self, key: Key, packet: Packet, start_s: float, end_s: float) -> None:
-        """A packet was encoded."""
-        self.encode_s += end_s - start_s
-        self.spans.append(Span.of_packet("encode", key, start_s, end_s, packet.wire_bytes))
-
-    def decoded(self, key: Key, packet: Packet, start_s: float, end_s: float) -> None:
-        """A packet was decoded."""
-        self.decode_s += end_s - start_s
-        self.spans.append(Span.of_packet("decode", key, start_s, end_s, packet.wire_bytes))
-
-    def add_packet(self, to: str, key: Key, packet: Packet) -> None:
-        """Counts a packet that is sent to a worker."""
-        traffic = LinkTraffic(self.worker, to, key.backward, packet.raw_bytes, packet.wire_bytes, 1)
-        key_of = to, key.backward
-        known = self.traffic.get(key_of)
-        self.traffic[key_of] = traffic if known is None else known + traffic
+_WORK = frozenset("FBIW") | {"loss"}
 
 
 @dataclass(frozen=True)
 class WorkerTime:
-    """Seconds of one worker, over all steps: computing, coding, and waiting for packets."""
+    """Seconds of one worker, or stage, over all steps: computing, coding, and waiting for packets."""
 
     compute_s: float = 0.0
     encode_s: float = 0.0
     decode_s: float = 0.0
     wait_s: float = 0.0
+
+    def __add__(self, other: WorkerTime) -> WorkerTime:
+        return WorkerTime(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of the thread that computes."""
+        return self.compute_s
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """What one direction between two workers carried, over all steps.
+
+    Attributes:
+        wire_bytes: as sent, values and gradients.
+        busy_s: seconds that a packet was on its way.
+        peak_bytes_per_s: of the fastest packet of at least `COUNTED_BYTES`.
+    """
+
+    COUNTED_BYTES = 1 << 10
+
+    wire_bytes: int = 0
+    busy_s: float = 0.0
+    peak_bytes_per_s: float = 0.0
+
+    def __add__(self, other: Bandwidth) -> Bandwidth:
+        peak = max(self.peak_bytes_per_s, other.peak_bytes_per_s)
+        return Bandwidth(self.wire_bytes + other.wire_bytes, self.busy_s + other.busy_s, peak)
+
+    @classmethod
+    def of(cls, span: Span) -> Bandwidth:
+        """Of one packet."""
+        is_counted = span.wire_bytes >= cls.COUNTED_BYTES and span.seconds > 0
+        return cls(span.wire_bytes, span.seconds, span.wire_bytes / span.seconds if is_counted else 0.0)
+
+    @property
+    def busy_bytes_per_s(self) -> float:
+        """Bytes over the seconds in which a packet was on its way."""
+        return self.wire_bytes / self.busy_s if self.busy_s else 0.0
 
 
 @dataclass
@@ -152,36 +72,57 @@ class Metrics:
     """Sums over the steps since the pipeline began, or since `reset()`.
 
     Attributes:
-        calls: calls of the pipeline.
+        calls: calls of the pipeline, and steps: batches.
         samples: samples in them.
         total_s: wall-clock seconds of the client in forward and backward.
         workers: seconds by worker.
+        stages: seconds by stage; what is encoded counts for the stage that sends it.
         links: bytes by (source, target, backward).
+        bandwidths: by (source, target): values and gradients that go this way.
+        peak_memory_bytes: by worker: the most that its CUDA devices' memory, or else its process, has held.
+        stage_count: of the pipeline.
+        reports: the latest, for `Pipeline.trace`.
     """
 
     calls: int = 0
     samples: int = 0
     total_s: float = 0.0
     workers: dict[str, WorkerTime] = field(default_factory=dict)
+    stages: dict[int, WorkerTime] = field(default_factory=dict)
     links: dict[tuple[str, str, bool], LinkTraffic] = field(default_factory=dict)
+    bandwidths: dict[tuple[str, str], Bandwidth] = field(default_factory=dict)
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    stage_count: int = 0
+    reports: deque[tuple[str, list[Span]]] = field(default_factory=lambda: deque(maxlen=KEPT_REPORTS))
 
     def reset(self) -> None:
         """Begins again at zero."""
         self.calls, self.samples, self.total_s = 0, 0, 0.0
-        self.workers.clear()
-        self.links.clear()
+        for sums in (self.workers, self.stages, self.links, self.bandwidths, self.peak_memory_bytes, self.reports):
+            sums.clear()
 
     def add(self, report: RunReport) -> None:
         """Adds what a worker measured."""
-        known = self.workers.get(report.worker, WorkerTime())
-        self.workers[report.worker] = WorkerTime(
-            known.compute_s + report.compute_s,
-            known.encode_s + report.encode_s,
-            known.decode_s + report.decode_s,
-            known.wait_s + report.wait_s,
-        )
+        own = WorkerTime(report.compute_s, report.encode_s, report.decode_s, report.wait_s)
+        self.workers[report.worker] = self.workers.get(report.worker, WorkerTime()) + own
+        known = self.peak_memory_bytes.get(report.worker, 0)
+        self.peak_memory_bytes[report.worker] = max(known, report.peak_memory_bytes)
         for traffic in report.traffic.values():
             self.add_traffic(traffic)
+        for span in report.spans:
+            if span.kind == "send":
+                link = report.worker, span.peer
+                self.bandwidths[link] = self.bandwidths.get(link, Bandwidth()) + Bandwidth.of(span)
+            else:
+                self._add_to_stage(span)
+        self.reports.append((report.worker, report.spans))
+
+    def _add_to_stage(self, span: Span) -> None:
+        stage = span.target if span.kind == "decode" else span.source
+        if not 0 <= stage < self.stage_count:
+            return  # inputs and outputs of the model
+        what = "compute_s" if span.kind in _WORK else f"{span.kind}_s"
+        self.stages[stage] = self.stages.get(stage, WorkerTime()) + WorkerTime(**{what: span.seconds})
 
     def add_traffic(self, traffic: LinkTraffic) -> None:
         """Adds bytes of a link."""
@@ -206,14 +147,38 @@ class Metrics:
 
     @property
     def compute_s(self) -> float:
-        """Seconds that all workers computed, together."""
+        """Seconds that all workers computed, together: the computation time."""
         return sum(worker.compute_s for worker in self.workers.values())
 
-    def __rich__(self) -> Table:
-        table = Table(title=f"{self.calls} calls, {self.samples} samples, {format_seconds(self.total_s)}")
-        for column in ("link", "carries", "raw", "wire", "ratio", "packets"):
+    @property
+    def batch_s(self) -> float:
+        """Wall-clock seconds of a batch."""
+        return self.total_s / self.calls if self.calls else 0.0
+
+    @property
+    def samples_per_s(self) -> float:
+        """Throughput."""
+        return self.samples / self.total_s if self.total_s else 0.0
+
+    def average_bytes_per_s(self, source: str, target: str) -> float:
+        """Average bandwidth from one worker to another: bytes sent over the computation time of all workers."""
+        sent = sum(link.wire_bytes for (s, t, _), link in self.links.items() if (s, t) == (source, target))
+        return sent / self.compute_s if self.compute_s else 0.0
+
+    def bubble_share(self, worker: str) -> float:
+        """The share of the total time in which a worker did not compute."""
+        return 1.0 - min(1.0, self.workers[worker].compute_s / self.total_s) if self.total_s else 0.0
+
+    def __rich__(self) -> Group:
+        return Group(self._link_table(), self._worker_table())
+
+    def _link_table(self) -> Table:
+        rate = f", {self.samples_per_s:.1f} samples/s" if self.total_s else ""
+        table = Table(title=f"{self.calls} calls, {self.samples} samples, {format_seconds(self.total_s)}{rate}")
+        for column in ("link", "carries", "raw", "wire", "ratio", "packets", "average/s", "peak/s"):
             table.add_column(column, justify="left" if column in ("link", "carries") else "right")
         for (source, target, backward), link in sorted(self.links.items()):
+            peak = self.bandwidths.get((source, target), Bandwidth()).peak_bytes_per_s
             table.add_row(
                 f"{source} -> {target}",
                 "gradients" if backward else "values",
@@ -221,5 +186,23 @@ class Metrics:
                 format_bytes(link.wire_bytes),
                 f"{link.wire_bytes / link.raw_bytes:.3f}" if link.raw_bytes else "-",
                 str(link.packets),
+                format_bytes(int(self.average_bytes_per_s(source, target))),
+                format_bytes(int(peak)) if peak else "-",
+            )
+        return table
+
+    def _worker_table(self) -> Table:
+        table = Table()
+        for column in ("worker", "compute", "waiting", "encode", "decode", "bubble", "peak memory"):
+            table.add_column(column, justify="left" if column == "worker" else "right")
+        stages = [(f"  stage {stage}", time) for stage, time in sorted(self.stages.items())]
+        for name, time in [*self.workers.items(), *stages]:
+            is_worker = name in self.workers
+            seconds = (time.compute_s, time.wait_s, time.encode_s, time.decode_s)
+            table.add_row(
+                name,
+                *(format_seconds(value) for value in seconds),
+                f"{self.bubble_share(name):.0%}" if is_worker else "",
+                format_bytes(self.peak_memory_bytes.get(name, 0)) if is_worker else "",
             )
         return table

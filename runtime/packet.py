@@ -114,32 +114,37 @@ class GradientTap:
 
     Attributes:
         tensor: the received tensor.
-        gradient: what arrived there; None before the backward, and if nothing did.
         anchor: where autograd's graph ends behind the tensor.
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor: Tensor | None = tensor.data  # a view could not be changed in place
-        self.gradient: Tensor | None = None
+        # The graph must not lead back to this object: such a circle through C++ is never freed.
+        self._arrival = _Arrival()
+        start: list[Tensor] = [tensor.data]  # a view could not be changed in place
         with torch.enable_grad():  # the client's stages run inside an autograd function's forward
             self.anchor = torch.empty(0, requires_grad=True)
-            self.tensor: Tensor = _Tap.apply(self.anchor, self)
+            self.tensor: Tensor = _Tap.apply(self.anchor, start, self._arrival)
 
-    def take(self) -> Tensor:
-        """The tensor, once."""
-        tensor, self._tensor = self._tensor, None
-        assert tensor is not None
-        return tensor
+    @property
+    def gradient(self) -> Tensor | None:
+        """What arrived; None before the backward, and if nothing did."""
+        return self._arrival.gradient
+
+
+class _Arrival:
+    """Where a gradient is put down."""
+
+    gradient: Tensor | None = None
 
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, tap: GradientTap) -> Tensor:
-        ctx.tap = tap
-        return tap.take()
+    def forward(ctx: Any, anchor: Tensor, start: list[Tensor], arrival: _Arrival) -> Tensor:
+        ctx.arrival = arrival
+        return start.pop()  # not an argument of its own: autograd would take the result for a view of it
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        ctx.tap.gradient = gradients[0]
-        return None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.arrival.gradient = gradients[0]
+        return None, None, None

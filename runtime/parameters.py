@@ -35,6 +35,7 @@ class ParameterStore:
             "optimizer_state": self.optimizer_state,
             "load_optimizer_state": self.load_optimizer_state,
             "load_state": self.load_state,
+            "require_gradients": self.require_gradients,
         }
 
     def hold(self, stages: Mapping[int, StageModule], canonical: Mapping[str, str]) -> None:
@@ -44,6 +45,12 @@ class ParameterStore:
         for module in stages.values():
             for name, parameter in module.named_parameters(remove_duplicate=False):
                 self._parameters.setdefault(canonical.get(name, name), parameter)
+
+    def require_gradients(self, changes: Mapping[str, bool]) -> None:
+        """Freezes parameters, or lets them be trained."""
+        for name, wanted in changes.items():
+            if name in self._parameters:
+                self._parameters[name].requires_grad_(wanted)
 
     def clear_gradients(self, names: Sequence[str]) -> None:
         """Sets the gradients of those parameters that are here to None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections import OrderedDict
@@ -18,15 +19,17 @@ from torch.utils import _pytree as pytree
 from fxsplit.compressors.inserted import is_inserted
 from fxsplit.errors import GuardError, InputError, PipelineError
 from fxsplit.planning import Placement, Plan
+from fxsplit.runtime import timeline
 from fxsplit.runtime.autograd import differentiable_forward
 from fxsplit.runtime.batches import check_batch, cut_batch
-from fxsplit.runtime.built import Builder, Built, WorkerInfo
+from fxsplit.runtime.built import Builder, Built, WorkerInfo, worker_infos
 from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.gradients import Gradients
 from fxsplit.runtime.homes import canonical_names, homes_of
 from fxsplit.runtime.metrics import Metrics
+from fxsplit.runtime.module_view import ModuleView
 from fxsplit.runtime.optimizer import ParameterHandle, PipelineOptimizer
-from fxsplit.runtime.steps import StepRequest, StepResult
+from fxsplit.runtime.steps import StepReport, StepRequest, StepResult
 from fxsplit.runtime.training_state import TrainingState, check_keys, on_cpu
 from fxsplit.runtime.transport import Transport
 from fxsplit.runtime.warm_up import warm_up
@@ -38,7 +41,7 @@ from fxsplit.trace.traced import TracedModel, mode_name
 from fxsplit.trace.verify import keeping_modes
 
 
-class Pipeline:
+class Pipeline(ModuleView):
     """A compiled model. `fxsplit.compile` makes it.
 
     It is called as the model is, and returns what the model returns, on the client's device, where autograd
@@ -59,6 +62,7 @@ class Pipeline:
         built: Built | None = None,
         deferred_batch_norm: bool = False,
         has_learned: bool = False,
+        checkpoint: Sequence[str] = (),
     ) -> None:
         self.training = model.training
         self._name = type(model).__name__
@@ -67,10 +71,11 @@ class Pipeline:
         self._builder = builder
         self._variants: list[Built] = []
         self._has_learned = has_learned
+        self._callbacks: list[Callable[[StepReport], Any]] = []
         self._model = model
         self._state_keys = list(model.state_dict())
         self._canonical = canonical_names(model)
-        self._engine = Engine(transport, deferred_batch_norm)
+        self._engine = Engine(transport, deferred_batch_norm, checkpoint)
         self._gradients = Gradients(self._engine)
         self._handles = OrderedDict(
             (name, ParameterHandle(name, parameter, self._gradients))
@@ -106,22 +111,23 @@ class Pipeline:
         target: Any = None,
         loss_fn: Callable[..., Any],
         reduction: Literal["mean", "sum"] | None = None,
+        loss_scale: float | Tensor = 1.0,
         return_output: bool = True,
         **kwargs: Any,
     ) -> StepResult:
         """Runs a whole training step, forward, loss and backward, in the order of the pipeline's schedule.
 
         Gradients are those of `(loss_fn(model(x), y) * share).backward()` for one micro-batch after another, with
-        the micro-batch's share of the samples: bit for bit, whatever the schedule. They are added to what is
-        there. A step that fails leaves gradients and buffers as they were.
+        its share of the samples: bit for bit, whatever the schedule. A step that fails leaves all as it was.
 
         Args:
             *args: inputs of the model.
             target: a tensor, or a tuple, list or dict of them, cut along dimension 0 with the batch.
-            loss_fn: called with a micro-batch's output and target (or its output alone if there is none), on the
-                worker of the last stage, to which it is sent along with the targets.
-            reduction: whether the loss is a mean or a sum over samples; the loss's own `reduction`, if it has
-                one, else "mean".
+            loss_fn: called with a micro-batch's output and target (or output alone, if there is none) where the
+                last stage is, to which both are sent.
+            reduction: of the loss over samples; its own attribute `reduction` if not given, else "mean".
+            loss_scale: factor of the gradients, not of the loss that is returned; `scaler.get_scale()` of a
+                `torch.amp.GradScaler`, whose `step` and `update` then follow.
             return_output: whether the outputs are brought to the client.
             **kwargs: inputs of the model.
 
@@ -129,22 +135,27 @@ class Pipeline:
             the loss of the batch and the model's output, both without a graph.
 
         Raises:
-            InputError: the loss is not a scalar, the target has another length than the batch, or an input is
-                refused, as in a call.
+            InputError: the loss is no scalar, the target has another length, or as in a call.
             WorkerError: a worker failed or was lost.
         """
-        request = StepRequest(target, loss_fn, reduction, return_output)
-        workers = [placement.worker for placement in self._placements]
+        workers = tuple(placement.worker for placement in self._placements)
+        request = StepRequest(target, loss_fn, reduction, float(loss_scale), return_output, workers)
 
         def run(number: int, leaves: Sequence[Any]) -> StepResult:
-            mode = Mode(number, self.training)
             layout = self._variants[number].rewritten.graph(self.training).output
-            return request.run(self._engine, workers, layout, leaves, mode, self._chunks)
+            return request.run(self._engine, layout, leaves, Mode(number, self.training), self._chunks)
 
         self._require_open()
-        request.check(pytree.tree_leaves((args, kwargs)), workers)
+        request.check(pytree.tree_leaves((args, kwargs)))
+        before = self.metrics.total_s
         result: StepResult = self._dispatch(Arguments(args, kwargs), run)
+        for callback in self._callbacks:
+            callback(StepReport(self.metrics.calls, result.loss, self.metrics.total_s - before, self.metrics))
         return result
+
+    def on_step(self, callback: Callable[[StepReport], Any]) -> None:
+        """Has a function called after each `step`, in the order in which they were given."""
+        self._callbacks.append(callback)
 
     def _dispatch(self, arguments: Arguments, run: Callable[[int, Sequence[Any]], Any]) -> Any:
         """Runs a batch with one of the recorded graphs, recording another if none is for it."""
@@ -159,6 +170,7 @@ class Pipeline:
         if not numbers:
             reason = f"it was called in another way, in {mode_name(self.training)} mode"
             numbers = [self._add_variant(arguments, reason, exact=False)]
+        self._gradients.share_frozen(self._handles.values())
         random_state = torch.get_rng_state()
         for number in reversed(numbers):
             try:
@@ -208,7 +220,7 @@ class Pipeline:
         self._adopt_inserted(split_model)
         homes = homes_of(variants[0].plan, split_model, self._canonical)
         self._engine.load(split_model, variants[0].plan, self._canonical)
-        self._gradients.set_homes(homes)
+        self._gradients.set_homes(homes, {n: h.requires_grad for n, h in self._handles.items()})
         if state is not None:
             state.restore(self._engine, self._gradients)
         self._variants = variants
@@ -238,38 +250,6 @@ class Pipeline:
             self._model.load_state_dict(before)
 
     # ------------------------------------------------------------------ as a module
-
-    def train(self, mode: bool = True) -> Pipeline:
-        """Sets training mode, as `torch.nn.Module.train` does."""
-        self.training = mode
-        return self
-
-    def eval(self) -> Pipeline:
-        """Sets evaluation mode."""
-        return self.train(False)
-
-    def named_parameters(self) -> Iterator[tuple[str, ParameterHandle]]:
-        """The model's parameters by name, as handles."""
-        yield from self._handles.items()
-
-    def parameters(self) -> Iterator[ParameterHandle]:
-        """The model's parameters, as handles."""
-        yield from self._handles.values()
-
-    def zero_grad(self) -> None:
-        """Clears all gradients."""
-        self._require_built("zero_grad")
-        self._gradients.clear(list(self._handles))
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Every gradient by parameter name, on the CPU: a transfer of all of them, for looking, not for steps."""
-        self._require_built("gradients")
-        return self._gradients.get()
-
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clips the gradients of all stages by their norm together; returns the norm before, as torch does."""
-        self._require_built("clip_grad_norm_")
-        return self._gradients.clip_norm(max_norm, norm_type)
 
     def optimizer(
         self, kind: type[Optimizer], parameters: Iterable[Any] | None = None, **options: Any
@@ -364,17 +344,25 @@ class Pipeline:
         """What was measured so far."""
         return self._engine.metrics
 
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes what the latest steps really did and when, for https://ui.perfetto.dev: workers, codecs, links.
+
+        Raises:
+            PipelineError: no step was run yet, or the file cannot be written.
+        """
+        timeline.write(path, self.events())
+
+    def events(self) -> list[dict[str, Any]]:
+        """What the latest steps did and when, in the trace event format, by the client's clock."""
+        self._require_built("events")
+        clocks = timeline.clock_offsets_s(self._engine.remote, lambda worker: self._engine.call(worker, "clock"))
+        return timeline.events(self.metrics.reports, clocks)
+
     @property
     def workers(self) -> tuple[WorkerInfo, ...]:
         """All workers, the client first."""
         self._require_open()
-        devices: dict[str, list[str]] = {}
-        for placement in self._placements:
-            known = devices.setdefault(placement.worker, [])
-            if placement.device not in known:
-                known.append(placement.device)
-        places = self._engine.describe()
-        return tuple(WorkerInfo(name, ", ".join(d), *places[name]) for name, d in devices.items())
+        return worker_infos(self._placements, self._engine.describe())
 
     def __repr__(self) -> str:
         if not self._finalizer.alive:
@@ -385,8 +373,6 @@ class Pipeline:
             state = f"cuts {', '.join(self._variants[0].plan.cut_names) or 'none'}"
         devices = ", ".join(placement.spelling for placement in self._placements)
         return f"Pipeline({self._name} over [{devices}], {self._chunks} chunks, {state})"
-
-    # ------------------------------------------------------------------ end
 
     def close(self) -> None:
         """Ends all workers. Never hangs; may be called twice."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from fxsplit.runtime.packet import Key
 from fxsplit.trace.replay import generator_states
 
-_GENERATORS = threading.Lock()
+GENERATORS = threading.Lock()
 """Torch's default generators are one a process, and in-process workers are threads of one."""
 
 
@@ -50,8 +50,16 @@ class Randomness:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Runs what is inside with generators of this seed; afterwards they are as before."""
-    with _GENERATORS, torch.random.fork_rng(devices=_cuda(device)):
+    with GENERATORS, torch.random.fork_rng(devices=_cuda(device)):
         torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def resumed(given: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+    """Runs what is inside with generators in these states; afterwards they are as before."""
+    with GENERATORS, torch.random.fork_rng(devices=_cuda(device)):
+        set_states(given, device)
         yield
 
 

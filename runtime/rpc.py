@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore, Store
+from torch._C._distributed_rpc import TensorPipeAgent
 from torch.distributed import autograd as dist_autograd
 from torch.distributed import rpc
 
@@ -91,10 +92,15 @@ class RpcEndpoint:
             warnings.simplefilter("ignore")  # torch warns of its own use of a deprecated function at each start
             dist_autograd._init(rank)  # type: ignore[attr-defined]
             # Not init_rpc: it prefixes the store with a counter that differs between a client with its second
-            # pipeline and a fresh worker, and then waits for ever.
-            backend = rpc.BackendType.TENSORPIPE  # type: ignore[attr-defined]
+            # pipeline and a fresh worker, and makes a process group of gloo, which waits for ever for a peer that
+            # has died.
             address = self._address(self.name)
-            rpc._init_rpc_backend(backend, store, address, rank, world_size, options)
+            agent = TensorPipeAgent(store, address, rank, world_size, options, {}, [])
+            rpc.api._init_rpc_states(agent)
+        for word in ("member", "ready to go"):  # twice: the client's store ends with this call
+            store.set(f"{word}/{rank}", "1")
+            if word == "member" or rank == 0:
+                store.wait([f"{word}/{other}" for other in range(world_size)])
 
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Hands the packet to TensorPipe, which sends it in the background."""

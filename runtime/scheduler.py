@@ -11,7 +11,7 @@ from fxsplit.errors import PlanError
 from fxsplit.planning import Plan
 from fxsplit.planning.parts import is_local
 from fxsplit.planning.predict import Link
-from fxsplit.runtime.metrics import Span
+from fxsplit.runtime.report import Span
 from fxsplit.schedules import Hop, Orders, StageTimes, Timeline, Times, check, schedule
 
 

@@ -13,6 +13,7 @@ from fxsplit.errors import InputError, PipelineError
 from fxsplit.runtime.batches import cut_batch
 from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.loss import Loss, cut_target, weights_of
+from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.transport import CLIENT_NAME
 from fxsplit.stage import Mode
 from fxsplit.trace.call import batch_size
@@ -31,6 +32,22 @@ class StepResult(NamedTuple):
     output: Any
 
 
+class StepReport(NamedTuple):
+    """What a callback of `Pipeline.on_step` is told.
+
+    Attributes:
+        number: of the steps and calls so far.
+        loss: of the batch.
+        step_s: seconds of this step, without the optimizer's.
+        metrics: the pipeline's, which go on.
+    """
+
+    number: int
+    loss: Tensor
+    step_s: float
+    metrics: Metrics
+
+
 @dataclass(frozen=True)
 class StepRequest:
     """What a step is asked for, beside the model's inputs.
@@ -39,20 +56,23 @@ class StepRequest:
         target: what the loss compares with; see `cut_target`.
         loss_fn: the loss of output and target.
         reduction: what it does over samples; see `weights_of`.
+        loss_scale: factor of the gradients.
         returns_output: whether the outputs come to the client.
+        workers: the worker of each stage.
     """
 
     target: Any
     loss_fn: Callable[..., Any]
     reduction: str | None
+    loss_scale: float
     returns_output: bool
+    workers: tuple[str, ...]
 
-    def check(self, leaves: Sequence[Any], workers: Sequence[str]) -> None:
+    def check(self, leaves: Sequence[Any]) -> None:
         """Refuses what cannot be a step.
 
         Args:
             leaves: the inputs of the model.
-            workers: the worker of each stage.
 
         Raises:
             InputError: an input that needs a gradient; or the loss is no function, or has parameters of its own
@@ -74,10 +94,10 @@ class StepRequest:
                 hint="pipe(x) and loss.backward() give gradients of inputs",
             )
         learned = isinstance(self.loss_fn, nn.Module) and any(p.requires_grad for p in self.loss_fn.parameters())
-        if learned and workers[-1] != CLIENT_NAME:
+        if learned and self.workers[-1] != CLIENT_NAME:
             raise InputError(
                 "the loss has parameters, and is made on a worker that would not train them",
-                where=f"worker {workers[-1]}, which has the last stage",
+                where=f"worker {self.workers[-1]}, which has the last stage",
                 found=type(self.loss_fn).__name__,
                 hint="put the last stage on the client (a sandwich), or make the layer part of the model",
             )
@@ -85,7 +105,6 @@ class StepRequest:
     def run(
         self,
         engine: Engine,
-        workers: Sequence[str],
         layout: OutputLayout,
         leaves: Sequence[Any],
         mode: Mode,
@@ -95,7 +114,6 @@ class StepRequest:
 
         Args:
             engine: of the pipeline.
-            workers: the worker of each stage.
             layout: how the model's output is put together.
             leaves: the inputs of the model.
             mode: which graphs run.
@@ -109,8 +127,9 @@ class StepRequest:
             weights=weights_of(self.loss_fn, sizes, self.reduction),
             leaves=engine.output_edges(mode),
             layout=layout,
-            worker=workers[-1],
-            last_stage=len(workers) - 1,
+            worker=self.workers[-1],
+            last_stage=len(self.workers) - 1,
+            scale=self.loss_scale,
             returns_outputs=self.returns_output,
         )
         rows = [[leaf for leaf in row if isinstance(leaf, Tensor)] for row in cut_batch(leaves, samples, chunks)]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from fxsplit.errors import PlanError
 from fxsplit.planning import Placement
+from fxsplit.runtime import torchrun
 from fxsplit.runtime.handshake import parse_address
 from fxsplit.runtime.in_process import InProcess
 from fxsplit.runtime.rpc import Rpc
@@ -36,7 +37,7 @@ def listening(listen: str, token: str | None, placements: Sequence[Placement], n
     """A new RPC transport that lets the named workers join.
 
     Args:
-        listen: "HOST:PORT".
+        listen: "HOST:PORT", or "torchrun": rank 0 is the client, and on every other rank this call serves it.
         token: what workers must know; from the environment, or made and printed, if None.
         placements: one a stage.
         name: of the transport that was asked for.
@@ -45,6 +46,10 @@ def listening(listen: str, token: str | None, placements: Sequence[Placement], n
         PlanError: another transport was asked for, or no worker has a name, so that none could join.
         DeviceError: `listen` is no address.
     """
+    if listen == torchrun.LISTEN:
+        if torchrun.rank() != 0:
+            torchrun.serve()
+        listen, token = torchrun.announce()
     parse_address(listen, "listen")
     if name != Rpc.name:
         raise PlanError("only the transport 'rpc' can listen", found=name, allowed=Rpc.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
@@ -16,9 +17,10 @@ from fxsplit.runtime.executor import Executor, Holding, RunState
 from fxsplit.runtime.failure import Failure
 from fxsplit.runtime.imitation import Imitation
 from fxsplit.runtime.loss import Loss
-from fxsplit.runtime.metrics import RunReport
+from fxsplit.runtime.memory import peak_memory_bytes
 from fxsplit.runtime.parameters import ParameterStore
 from fxsplit.runtime.randomness import Randomness
+from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.transport import Endpoint
 from fxsplit.runtime.undo import Undo
@@ -53,6 +55,7 @@ class Worker:
             "run": self.run,
             "discard": self.discard,
             "state": self.state,
+            "clock": time.perf_counter,
             **self._parameters.commands,
             **self._imitation.commands,
         }
@@ -81,6 +84,7 @@ class Worker:
         guarded: Set[Mode],
         settings: TorchSettings,
         deferred_batch_norm: bool,
+        checkpoint: Sequence[str],
     ) -> None:
         """Takes the stages over.
 
@@ -93,6 +97,7 @@ class Worker:
             guarded: the modes in which some stage may refuse a batch.
             settings: the client's precision and determinism.
             deferred_batch_norm: running statistics are those of whole batches.
+            checkpoint: the policy of every stage; none if they are "never" checkpointed.
         """
         settings.apply()
         stages = shipping.load(data, tensors)
@@ -100,7 +105,7 @@ class Worker:
         for number, module in stages.items():
             module.to(placed[number])
         batch_norms = DeferredBatchNorm(stages.values() if deferred_batch_norm else ())
-        self._holding = Holding(stages, placed, tuple(workers), batch_norms)
+        self._holding = Holding(stages, placed, tuple(workers), batch_norms, tuple(checkpoint))
         self._guarded = guarded
         self._memories.clear()
         self._shrinking = [m for stage in stages.values() for m in stage.modules() if isinstance(m, Shrink)]
@@ -142,6 +147,7 @@ class Worker:
         if not run.saved:
             del self._runs[number]
         report.spans += self._courier.links()
+        report.peak_memory_bytes = peak_memory_bytes(self._holding.devices.values())
         return report
 
     def _begin(self, number: int, mode: Mode, is_step: bool) -> RunState:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fxsplit.compressors import BFloat16, Compressor, Float8, Float16, KMeans, TopK
+from fxsplit.compressors.grouping import Layout
 from fxsplit.compressors.low_rank import LowRank
 from fxsplit.errors import CompressorError
 from fxsplit.spec import TensorSpec
@@ -23,6 +24,9 @@ SPELLINGS = [
         "kmeans8",
         "kmeans4(sample=7)",
         "kmeans3(sample=0)",
+        "kmeans2(group=channel)",
+        "kmeans4(group=sample, rounding=stochastic)",
+        "kmeans3(rounding=stochastic)",
         "kmeans(iterations=0)",
     ),
     *("fp8(format=e5m2)", "topk(ratio=0.01)", "topk(ratio=0.5)", "topk(ratio=1.0)"),
@@ -52,9 +56,12 @@ def own_bound(codec: Compressor, x: Tensor) -> float | None:
         significant, smallest = (2.0**-4, 2.0**-10) if codec.format == "e4m3" else (2.0**-3, 2.0**-17)
         return significant * largest + smallest * float(codec.encode(x)[1]) + output
     if isinstance(codec, KMeans):
-        codebook = codec.encode(x)[1].double()
-        nearest = (x.double().reshape(-1, 1) - codebook).abs().amin(1)
-        return float(nearest.max()) + output
+        layout = Layout.of(TensorSpec.of(x), codec.group)
+        rows = layout.rows(x.double().reshape(-1)).reshape(layout.groups, -1, 1)
+        codebook = codec.encode(x)[1].double().view(layout.groups, 1, -1)
+        if codec.rounding == "stochastic":
+            return float(codebook.diff(dim=2).max()) + output
+        return float((rows - codebook).abs().amin(2).max()) + output
     if isinstance(codec, TopK):
         return float(codec.encode(x)[0].abs().min())
     if isinstance(codec, LowRank):

@@ -193,7 +193,11 @@ def test_differences_are_those_of_a_seed(tmp_path: Path) -> None:
     assert "Fewest bytes within 1 point of no compression: uniform8, 0.250" in text
     assert "Nothing is within 0.5 points" in text and "Every configuration trained" in text
     with pytest.raises(ValueError, match="one protocol"):
-        write_report([*rows, row_of("fp8", 0, 1.0, epochs=7)], readme)
+        results_of([*rows, row_of("fp8", 0, 1.0, epochs=7)])
+    found = write_report([row_of("fp8", 0, 1.0, epochs=7), *rows, row_of("none", 0, 60.0, epochs=0)], readme)
+    assert [result.config.name for result in found] == ["fp8"]
+    shorter = readme.read_text().partition("<!-- shorter -->")[2]
+    assert "-1.00 ± 0.00" in shorter and shorter.index("1 epochs") < shorter.index("0 epochs")
     with pytest.raises(ValueError, match="no rows"):
         results_of([])
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fxsplit.cli import app, main, parse_inputs
+from fxsplit.cli import app, main
+from fxsplit.commands.inputs import parse_inputs
 from fxsplit.errors import InputError
 from fxsplit.model_source import InputShape
 from fxsplit.planning import Plan

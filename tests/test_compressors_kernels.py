@@ -41,6 +41,7 @@ LAYOUTS = [
     Layout(33, 17, 1),
     Layout(9, 6, 5),
     Layout(1, 1, 300_000),
+    Layout(2, 3, 130),
 ]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CODECS: list[Compressor] = [
@@ -85,8 +86,11 @@ def test_codes_and_values_are_equal(layout: Layout, stochastic: bool) -> None:
         dtype = FLOATS[index % 4] if layout.numel < 10_000 else torch.float32
         assert isinstance(codec, Uniform | SortQuantization)
         x, scheme = data(layout.numel, dtype=dtype), Scheme(layout, codec.bits, codec.split_bits, stochastic)
-        minima, maxima = codec.ranges(x, layout, torch_kernels)
-        table, inverse = make_table(minima, maxima, scheme.levels, torch.promote_types(dtype, torch.float32))
+        minima, maxima = codec.rule(layout).ranges(
+            x, layout, torch_kernels.extremes, torch_kernels.order_statistics
+        )
+        wide = torch.promote_types(dtype, torch.float32)
+        table, minima, inverse = make_table(minima, maxima, scheme.levels, wide)
         seed = seeds(table) if stochastic else None
         expected = torch_kernels.encode(x, minima, inverse, seed, scheme)
         assert torch.equal(cpu_kernels.encode(x, minima, inverse, seed, scheme), expected)
@@ -103,7 +107,7 @@ def test_every_number_of_bits_and_length(bits: int) -> None:
         scheme, spec = Scheme(Layout(1, 1, count), bits, 0), TensorSpec.of(x)
         codes, table = codec.encode(x)
         minima = x.double().min().view(1, 1)
-        _, inverse = make_table(minima, x.double().max().view(1, 1), scheme.levels, torch.float32)
+        _, minima, inverse = make_table(minima, x.double().max().view(1, 1), scheme.levels, torch.float32)
         assert torch.equal(codes, torch_kernels.encode(x, minima, inverse, None, scheme))
         expected = torch_kernels.decode(codes, table[:, None], scheme, spec)
         assert torch.equal(codec.decode((codes, table), spec), expected)

@@ -164,3 +164,24 @@ def test_wire() -> None:
     spec = TensorSpec((3, 5), torch.bfloat16)
     assert [str(s) for s in KMeans(3).wire(spec)] == ["uint8[6]", "float32[8]"]
     assert KMeans(4).wire_bytes(TensorSpec((64, 32, 112, 112), torch.float32)) == 64 * 32 * 112 * 112 // 2 + 64
+
+
+def test_a_codebook_of_each_group_is_that_of_the_group_alone() -> None:
+    x = gaussian(4 * 6 * 50).view(4, 6, 50).pow(3)
+    for group, parts in (("sample", x.unbind(0)), ("channel", x.unbind(2)), (60, x.view(-1, 60).unbind(0))):
+        codebook = KMeans(2, group=group).encode(x)[1]
+        for found, part in zip(codebook, parts, strict=True):
+            expected = KMeans(2, sample=0).encode(part)[1]
+            # The same numbers in the same order; the stride of a sample of the part alone is 1, too.
+            assert torch.equal(found, expected)
+
+
+def test_stochastic_rounding_keeps_the_mean() -> None:
+    x = torch.cat([gaussian(100).clamp(-1.5, 1.5)] * 1000)
+    for group in ("tensor", 100):
+        codec = KMeans(2, group=group, rounding="stochastic")
+        mean = decoded(codec, x).view(1000, 100).double().mean(0)
+        assert float((mean - x[:100].double()).abs().max()) < 0.12  # 4 deviations of 1000 choices of two values
+        assert float(mean.mean() - x[:100].double().mean()) < 0.01
+    extremes = KMeans(2, rounding="stochastic").encode(x)[1][[0, -1]]
+    assert extremes.tolist() == [float(x.min()), float(x.max())]

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import typer
 
-from fxsplit.runtime.metrics import LinkTraffic, Metrics
+from fxsplit.runtime.metrics import Metrics
+from fxsplit.runtime.report import LinkTraffic
 from tests.scripts import EXAMPLES, load_example
 
 DIGITS = EXAMPLES / "digits.py"

@@ -214,3 +214,52 @@ def test_addresses_that_cannot_be() -> None:
     with pytest.raises(WorkerError, match="no client listens"):
         join(f"127.0.0.1:{port}", "server", TOKEN, None, 0.3)
     assert handshake.parse_address("[::1]:80", "here") == ("::1", 80)
+
+
+SCRIPT = """
+import torch, fxsplit
+from torch import nn
+from torch.nn import functional as F
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+pipe = fxsplit.compile(model, ["cpu", "rank1/cpu", "rank2/cpu"], cuts=["2", "3"], chunks=3, schedule="1f1b",
+                       listen="torchrun")
+result = pipe.step(torch.ones(6, 4), target=torch.zeros(6, dtype=torch.long), loss_fn=F.cross_entropy)
+loss = F.cross_entropy(model(torch.ones(6, 4)), torch.zeros(6, dtype=torch.long))
+assert torch.allclose(result.loss, loss), (result.loss, loss)
+print("workers", sorted(worker.name for worker in pipe.workers), flush=True)
+pipe.close()
+"""
+
+
+def test_the_same_script_under_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "3",
+        "--master-port",
+        str(free_port()),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, str(script)], capture_output=True, text=True, env=environment, timeout=100, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "workers ['client', 'rank1', 'rank2']" in result.stdout
+
+
+def test_serve_is_for_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(FxsplitError, match="not started by torchrun"):
+        fxsplit.serve()
+    with pytest.raises(FxsplitError, match="not started by torchrun"):
+        fxsplit.compile(mobilenet(), ["cpu", "rank1/cpu"], listen="torchrun")
+    for name, value in (("RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(FxsplitError, match="rank 0 is the client"):
+        fxsplit.serve()

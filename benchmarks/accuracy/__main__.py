@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from .configs import CONFIGS, Config, available, chosen
@@ -70,8 +71,9 @@ def main(
     if resume:
         todo = without_done(todo, read(out), settings)
     load(data, folder)  # decoded here, once
+    gpus = torch.cuda.device_count() if settings.found_device().type == "cuda" else 0
     left = None if limit_s is None else max(limit_s - (time.monotonic() - begun), 0.0)
-    for number, ended in enumerate(run_all(todo, settings, jobs, left), 1):
+    for number, ended in enumerate(run_all(todo, settings, jobs, left, gpus), 1):
         if ended.row is not None:
             append(out, ended.row)
         print(f"{number:3}/{len(todo)} {time.monotonic() - begun:6.1f} s  {told(ended)}", flush=True)

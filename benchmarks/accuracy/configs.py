@@ -58,6 +58,9 @@ class Config:
 
 GRADIENT8 = "uniform8(group=channel)"
 GRADIENT4 = "uniform4(group=channel, rounding=stochastic)"
+KMEANS = "kmeans{}(iterations=3, group=channel)"
+"""Few iterations do: each begins with the codebook of the last step."""
+
 SORT4 = "sortquant4(split=2)"
 SORT4_CHANNEL = "sortquant4(split=2, group=channel)"
 
@@ -80,6 +83,12 @@ CONFIGS: tuple[Config, ...] = (
     Config("sortquant4-channel-g8", SORT4_CHANNEL, GRADIENT8, "buckets for each channel", FEWER),
     Config("sortquant4-channel-g4", SORT4_CHANNEL, GRADIENT4, "gradients in 4 bits, rounded at random", FEWER),
     Config("kmeans4-g8", "kmeans4", GRADIENT8, "the best 16 values for the tensor", FEWER),
+    Config("kmeans4-channel-g8", KMEANS.format(4), GRADIENT8, "the best 16 values a channel", FEWER),
+    Config("kmeans4-channel-g4", KMEANS.format(4), GRADIENT4, "gradients in 4 bits", FEWER),
+    Config("kmeans3-channel-g8", KMEANS.format(3), GRADIENT8, "the best 8 values a channel", FEWER),
+    Config("kmeans3-channel-g4", KMEANS.format(3), GRADIENT4, "gradients in 4 bits", FEWER),
+    Config("kmeans2-channel-g8", KMEANS.format(2), GRADIENT8, "the best 4 values a channel", FEWER),
+    Config("kmeans2-channel-g4", KMEANS.format(2), GRADIENT4, "gradients in 4 bits", FEWER),
     Config("adaptive4-g8", "adaptive4", GRADIENT8, "bits given where the range is large", FEWER),
     Config("adaptive2-g8", "adaptive2", GRADIENT8, "the same with half of the bits", FEWER, False),
     Config("uniform4", "uniform4", "same", "4 bits with one range: what goes wrong", FEWER, False),
@@ -107,6 +116,7 @@ CONFIGS: tuple[Config, ...] = (
     Config("convinsert10", "convinsert(ratio=0.1)", "none", "about the documents' 0.097", LEARNED),
     Config("convinsert07", "convinsert(ratio=0.07)", "none", "about the documents' 0.070", LEARNED),
     Config("convinsert25-u8", "convinsert(ratio=0.25)+uniform8", GRADIENT8, "and 8 bits", LEARNED),
+    Config("convinsert40-u8", "convinsert(ratio=0.4)+uniform8", GRADIENT8, "0.1 of the bytes by both", LEARNED),
     Config("convinsert10-u8", "convinsert(ratio=0.1)+uniform8", GRADIENT8, "and 8 bits", LEARNED),
     Config("convinsert07-u8", "convinsert(ratio=0.07)+uniform8", GRADIENT8, "and 8 bits", LEARNED),
     Config(
@@ -139,6 +149,8 @@ PAIRS: tuple[tuple[str, str, str], ...] = (
     ("uniform2-channel-g4", "uniform2-channel-g8", "gradients in 4 bits rounded at random, not in 8"),
     ("sortquant4-channel-g8", "uniform4-channel-g8", "2 + 2 bits sorted, not 4 bits uniform, a channel"),
     ("kmeans4-g8", "sortquant4-g8", "the best 16 values, not 2 + 2 bits sorted"),
+    ("kmeans4-channel-g8", "uniform4-channel-g8", "the best 16 values a channel, not equal steps"),
+    ("kmeans2-channel-g8", "uniform2-channel-g8", "the best 4 values a channel, not equal steps"),
     ("adaptive4-g8", "uniform4-channel-g8", "4 bits on average, not 4 bits each"),
     ("svd-3-7", "poweriter-3-7", "the best factors, not those of power iteration"),
     ("topk10-feedback", "topk10", "error feedback on gradients, not without"),

@@ -60,7 +60,7 @@ def load(path: Path, folder: Path) -> tuple[Images, Images]:
     kept = folder / f"{path.stem}-{path.stat().st_size}.pt"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _save({split: _decoded(path, split) for split in ("train", "test")}, kept)
+        _save({split: decoded(path, split) for split in ("train", "test")}, kept)
     found = torch.load(kept, weights_only=True)
     return Images(*found["train"]), Images(*found["test"])
 
@@ -77,10 +77,11 @@ def _save(content: Any, path: Path) -> None:
         raise
 
 
-def _decoded(path: Path, split: str) -> tuple[Tensor, Tensor]:
+def decoded(path: Path, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Pixels and labels of the first `count` images of a split, or of all; see `load` for the file."""
     with np.load(path) as file:
         content = torch.from_numpy(file[f"{split}_bytes"])
-        offsets, labels = file[f"{split}_offsets"].tolist(), torch.from_numpy(file[f"{split}_labels"])
+        offsets, labels = file[f"{split}_offsets"].tolist(), torch.from_numpy(file[f"{split}_labels"][:count])
 
     def pixels(index: int) -> Tensor:
         # A copy of the bytes: the decoder may read them in place.

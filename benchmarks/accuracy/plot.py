@@ -36,11 +36,12 @@ def draw(found: Sequence[Result], path: Path) -> None:
     axes = figure.subplots()
     shown = [result for result in found if result.accuracy.values]
     baseline = next((result for result in shown if result.config.name == BASELINE), None)
+    dots = [result for result in shown if result is not baseline]
     best = max(result.accuracy.mean for result in shown)
-    floor = max(best - LOWEST, 0.0)
+    lowest = min((r.accuracy.mean - (r.accuracy.spread or 0.0) for r in dots), default=best)
+    floor = max(best - LOWEST, min(lowest, best - 1.0), 0.0)
     if baseline is not None:
         _draw_baseline(axes, baseline)
-    dots = [result for result in shown if result is not baseline]
     for family in FAMILIES:
         members = [result for result in dots if result.config.family == family]
         if members:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.readme import fill
 
 from .configs import CONFIGS, PAIRS, Config
 
@@ -114,21 +115,26 @@ def results_of(rows: Iterable[Mapping[str, Any]]) -> list[Result]:
     return [Result(config, found) for config, found in groups.items() if found]
 
 
+def by_protocol(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Rows that have their protocol in common, the longest training first."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps({name: row[name] for name in PROTOCOL}), []).append(row)
+    return sorted(groups.values(), key=lambda group: -group[0]["epochs"])
+
+
 def write_report(rows: Sequence[Mapping[str, Any]], readme: Path = README) -> list[Result]:
-    """Puts table and facts into the README, and the rows beside it.
+    """Puts tables and facts into the README, and the rows beside it; returns the results of the longest training.
 
     Raises:
-        ValueError: as `results_of`; or the README lacks the marks.
+        ValueError: there are no rows, or the README lacks the marks.
     """
-    found = results_of(rows)
-    text = readme.read_text(encoding="utf-8")
-    for name, content in (("results", f"{about(found)}\n\n{PICTURE}\n\n{table(found)}"), ("facts", facts(found))):
-        place = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
-        if not place.search(text):
-            raise ValueError(f"{readme} has no place <!-- {name} --> ... <!-- end of {name} -->")
-        text = place.sub(lambda _, content=content: f"\n{content}\n\n", text)  # type: ignore[misc]
-    readme.write_text(text, encoding="utf-8")
-    lines = (json.dumps(row) for result in found for row in result.rows)
+    studies = [results_of(group) for group in by_protocol(rows)] or [results_of(rows)]
+    found, *shorter = studies
+    fill(readme, "results", f"{about(found)}\n\n{PICTURE}\n\n{table(found)}")
+    fill(readme, "facts", facts(found))
+    fill(readme, "shorter", "\n\n".join(f"{about(each)}\n\n{table(each)}" for each in shorter) or "None.")
+    lines = (json.dumps(row) for study in studies for result in study for row in result.rows)
     readme.with_name("results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return found
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -50,6 +52,7 @@ class _Child:
     process: BaseProcess
     pipe: Connection
     started: float
+    gpu: int | None
 
 
 def jobs_of(configs: Sequence[Config], seeds: Sequence[int]) -> list[Job]:
@@ -76,7 +79,7 @@ def _promised(job: Job, settings: Settings) -> dict[str, Any]:
 
 
 def run_all(
-    jobs: Sequence[Job], settings: Settings, workers: int, limit_s: float | None = None
+    jobs: Sequence[Job], settings: Settings, workers: int, limit_s: float | None = None, gpus: int = 0
 ) -> Iterator[Ended]:
     """Yields each run as it ends; processes have their own memory of the device and few threads.
 
@@ -86,6 +89,7 @@ def run_all(
         workers: runs at a time.
         limit_s: seconds after which what is not over is ended. No run begins that would not be over by then, if
             it took as long as the quickest so far.
+        gpus: how many there are; a run gets the one that the fewest others use. 0: runs see what there is.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.train"])
@@ -98,7 +102,7 @@ def run_all(
                 if end is not None and time.monotonic() + quickest > end:
                     yield Ended(job, None, "not begun: too little time is left")
                 else:
-                    running.append(_start(context, job, settings))
+                    running.append(_start(context, job, settings, _free_gpu(running, gpus)))
             left = None if end is None else max(end - time.monotonic(), 0.0)
             ready = wait([child.pipe for child in running], left) if running else []
             for child in list(running):
@@ -119,16 +123,23 @@ def run_all(
             _kill(child)
 
 
-def _start(context: Any, job: Job, settings: Settings) -> _Child:
+def _free_gpu(running: Sequence[_Child], gpus: int) -> int | None:
+    users = Counter(child.gpu for child in running)
+    return min(range(gpus), key=lambda gpu: users[gpu], default=None)
+
+
+def _start(context: Any, job: Job, settings: Settings, gpu: int | None) -> _Child:
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, settings, sender), daemon=True)
+    process = context.Process(target=_work, args=(job, settings, sender, gpu), daemon=True)
     process.start()
     sender.close()
-    return _Child(job, process, receiver, time.monotonic())
+    return _Child(job, process, receiver, time.monotonic(), gpu)
 
 
-def _work(job: Job, settings: Settings, sender: Connection) -> None:
+def _work(job: Job, settings: Settings, sender: Connection, gpu: int | None) -> None:
     """In the child."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # before this process looks for devices
     try:
         sender.send(Ended(job, run(job.config, job.seed, settings)))
     except Exception:

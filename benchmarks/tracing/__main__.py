@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import re
 import sys
 import warnings
 from importlib.metadata import version
@@ -14,6 +13,8 @@ from typing import Annotated
 
 import torch
 import typer
+
+from benchmarks.readme import fill
 
 from .growth import draw, growth_tables, growth_targets, measure_growth
 from .memory import measure_memory, memory_tables, memory_targets
@@ -46,7 +47,7 @@ def main(
         text = f"{_about()}\n\n{tables}\n\n{lines}"
         print(f"\n{text}", flush=True)
         if update:
-            update_readme(README, name, text)
+            fill(README, name, text)
     if check:
         print(f"\n{len(missed)} targets missed" if missed else "\nall targets met")
         sys.exit(1 if missed else 0)
@@ -73,13 +74,6 @@ def measure_section(name: str, repeats: int, update: bool) -> tuple[str, dict[st
         peaks = measure_memory(max(1, repeats - 2))
         tables, targets = memory_tables(peaks), memory_targets(peaks)
     return tables, targets
-
-
-def update_readme(path: Path, name: str, found: str) -> None:
-    """Puts what was found for a section between the comments that mark their place."""
-    text = path.read_text(encoding="utf-8")
-    place = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
-    path.write_text(place.sub(lambda _: f"\n{found}\n\n", text), encoding="utf-8")
 
 
 def _about() -> str:

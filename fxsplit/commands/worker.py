@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from fxsplit.commands.common import errors_as_exit_status
 from fxsplit.errors import DeviceError, FxsplitError
 from fxsplit.planning.devices import available_devices
+from fxsplit.runtime.serving import serve_joined
 from fxsplit.runtime.transports import TOKEN_VARIABLE
-from fxsplit.runtime.worker_main import serve_joined
 
 
 def worker(
@@ -29,7 +30,7 @@ def worker(
     The token that the client has printed, or was given, comes in the environment variable FXSPLIT_TOKEN. Only join
     clients that you trust: they run code here.
     """
-    try:
+    with errors_as_exit_status():
         for offered in device or ():
             if offered not in available_devices():
                 allowed = ", ".join(available_devices())
@@ -42,6 +43,3 @@ def worker(
                 hint=f"{TOKEN_VARIABLE}=... fxsplit worker --join {join} --name {name}; the client prints it",
             )
         serve_joined(join, name, token, device, patience)
-    except FxsplitError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None

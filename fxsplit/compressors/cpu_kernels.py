@@ -21,8 +21,9 @@ from torch import Tensor
 from fxsplit.compressors import torch_kernels
 from fxsplit.compressors.grouping import Layout
 from fxsplit.compressors.packing import pack, packed_bytes, unpack
+from fxsplit.compressors.ranges import RangeRule, Ranges, found_ranges
 from fxsplit.compressors.scheme import Scheme
-from fxsplit.compressors.scheme import make_table as make_table
+from fxsplit.compressors.scheme import seeds as seeds
 from fxsplit.spec import TensorSpec
 
 Array = npt.NDArray[Any]
@@ -34,6 +35,9 @@ BLOCK = 1 << 17
 
 SHORT_RUN = 8
 """Runs shorter than this are gone over by columns."""
+
+COMPUTED_RUN = 128
+"""In runs as long, computing the values of one range is faster than looking them up."""
 
 SORTED_UP_TO = 1 << 14
 """Groups up to this size are sorted; of greater ones the ranks are selected."""
@@ -152,6 +156,11 @@ def _select(values: Tensor, ranks: Sequence[int]) -> Tensor:
     return statistics.double()
 
 
+def ranges(values: Tensor, layout: Layout, rule: RangeRule, levels: int, dtype: torch.dtype) -> Ranges:
+    """The ranges that a rule asks for; see `found_ranges`."""
+    return found_ranges(values, layout, rule, levels, dtype, extremes, order_statistics)
+
+
 @_or_torch
 def encode(values: Tensor, minima: Tensor, inverse: Tensor, seeds: Tensor | None, scheme: Scheme) -> Tensor:
     """As `torch_kernels.encode`."""
@@ -214,16 +223,19 @@ def decode(packed: Tensor, table: Tensor, scheme: Scheme, spec: TensorSpec) -> T
     count, layout = spec.numel, scheme.layout
     decoded = torch.empty(count, dtype=spec.dtype)
     # A table of all the values, or of all pairs of them, if it is small beside the tensor and in cache.
-    if layout.groups << scheme.bits > max(1 << scheme.bits, count // 20) or _by_columns(layout):
-        _compute_values(packed, table, decoded, scheme)
-    elif scheme.bits == 4 and layout.inner % 2 == 0 and layout.groups << 9 <= max(1 << 9, count // 20):
+    tabled = layout.groups << scheme.bits <= max(1 << scheme.bits, count // 20) and not _by_columns(layout)
+    paired = layout.inner % 2 == 0 and layout.groups << 9 <= max(1 << 9, count // 20)
+    computed = scheme.buckets == 1 and layout.inner >= COMPUTED_RUN and decoded.element_size() > 2
+    if tabled and paired and scheme.bits == 4:
         values = torch_kernels.decoded_values(table, scheme, spec.dtype)
         codes = torch.arange(256)
         pairs = torch.stack((values[:, codes & 15], values[:, codes >> 4]), dim=2)
         _look_up(packed, 8, layout.inner // 2, pairs, decoded)
-    else:
+    elif tabled and not computed:
         values = torch_kernels.decoded_values(table, scheme, spec.dtype)
         _look_up(packed, scheme.bits, layout.inner, values[..., None], decoded)
+    else:
+        _compute_values(packed, table, decoded, scheme)
     return decoded.view(spec.shape)
 
 
@@ -251,7 +263,10 @@ def _compute_values(packed: Tensor, table: Tensor, decoded: Tensor, scheme: Sche
     for start, codes in _read(packed, scheme.bits, decoded.numel(), BLOCK):
         part = decoded[start : start + codes.size]
         into = wide[: codes.size] if converted else part
-        loops.reconstruct(codes, start, inner, minima, steps, scheme.offset_bits, limit, into.numpy())
+        if scheme.buckets == 1 and inner > 0:
+            loops.reconstruct_one(codes, start, inner, minima, steps, limit, into.numpy())
+        else:
+            loops.reconstruct(codes, start, inner, minima, steps, scheme.offset_bits, limit, into.numpy())
         if converted:
             part.copy_(into)
 

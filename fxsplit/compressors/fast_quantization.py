@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from fxsplit.compressors.bucket_quantization import BucketQuantization, chunk_ranges
-from fxsplit.compressors.grouping import Layout
-from fxsplit.compressors.kernels import Kernels
+from fxsplit.compressors.bucket_quantization import BucketQuantization
+from fxsplit.compressors.grouping import Layout, sample_stride
+from fxsplit.compressors.ranges import RangeRule
 
 
 @dataclass(frozen=True)
@@ -51,35 +47,6 @@ class FastQuantization(BucketQuantization):
         super().__post_init__()
         self.check_integer("sample", 0)
 
-    def ranges(self, values: Tensor, layout: Layout, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    def rule(self, layout: Layout) -> RangeRule:
         """From each bound to the next; the first is the exact minimum and the last the exact maximum."""
-        low, high = kernels.extremes(values, layout)[..., None]
-        sample, sample_layout = self._sample(values, layout)
-        bounds, _ = chunk_ranges(sample, sample_layout, kernels, 1 << self.split_bits)
-        minima = torch.cat((low, bounds[:, 1:]), dim=1)
-        return minima, torch.cat((minima[:, 1:], high), dim=1)
-
-    def _sample(self, values: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
-        """Every m-th element of each group, flat, group after group."""
-        stride = self._stride(layout.group_size)
-        if stride == 1:
-            return values, layout
-        if layout.groups == 1:
-            sample = values[::stride].contiguous()
-        else:
-            chosen = torch.arange(0, layout.group_size, stride, device=values.device)
-            outer, inner = chosen // layout.inner, chosen % layout.inner
-            groups = torch.arange(layout.groups, device=values.device)[:, None]
-            sample = values[((outer * layout.groups + groups) * layout.inner + inner).view(-1)]
-        return sample, Layout(1, layout.groups, sample.numel() // layout.groups)
-
-    def _stride(self, count: int) -> int:
-        """Distance of the sampled elements: prime to `count`, or the sample would see a few columns only.
-
-        Activations have sizes rich in small factors: 16384 of 16 x 32 x 112 x 112 elements are 392 apart,
-        which would take columns 0 and 56 of every image and no other.
-        """
-        stride = -(-count // self.sample) if self.sample else 1
-        while stride > 1 and math.gcd(stride, count) != 1:
-            stride += 1
-        return stride
+        return RangeRule(1 << self.split_bits, sample_stride(layout.group_size, self.sample))

@@ -1,10 +1,11 @@
-"""Groups: which elements of a tensor share one range."""
+"""What the quantizers have in common as options: which elements of a tensor share ranges, and the rounding."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fxsplit.errors import CompressorError
@@ -15,6 +16,9 @@ GROUPS = ("tensor", "sample", "channel")
 
 MIN_BLOCK = 8
 """The shortest block."""
+
+ROUNDINGS = ("nearest", "stochastic")
+"""The ways to round."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,31 @@ class Layout:
         """A view of flat values as `[groups, outer, inner]`: one group after the other."""
         return values.view(self.outer, self.groups, self.inner).transpose(0, 1)
 
+    def sample(self, values: Tensor, stride: int) -> Tensor:
+        """Every `stride`-th element of each group of flat values: `[groups, ceil(group_size / stride)]`."""
+        if self.groups == 1:
+            return values[::stride].view(1, -1)
+        chosen = torch.arange(0, self.group_size, stride, device=values.device)
+        outer, inner = chosen // self.inner, chosen % self.inner
+        groups = torch.arange(self.groups, device=values.device)[:, None]
+        return values[(outer * self.groups + groups) * self.inner + inner]
+
+
+def sample_stride(count: int, sample: int) -> int:
+    """Distance of about `sample` elements out of `count`; 0 means all of them.
+
+    It is prime to `count`, or the sample would see a few columns only: activations have sizes rich in small
+    factors, and 16384 of 16 x 32 x 112 x 112 elements are 392 apart, which would take columns 0 and 56 of
+    every image and no other.
+
+    >>> sample_stride(1000, 100)
+    11
+    """
+    stride = -(-count // sample) if sample else 1
+    while stride > 1 and math.gcd(stride, count) != 1:
+        stride += 1
+    return stride
+
 
 def check_group(group: str | int, where: str) -> None:
     """Refuses what is neither a name in `GROUPS` nor an integer of at least `MIN_BLOCK`.
@@ -83,3 +112,13 @@ def check_group(group: str | int, where: str) -> None:
         found=repr(group),
         allowed=f"{', '.join(GROUPS)}, or an integer of at least {MIN_BLOCK}",
     )
+
+
+def check_rounding(rounding: str, where: str) -> None:
+    """Refuses what is not in `ROUNDINGS`.
+
+    Raises:
+        CompressorError: it is something else.
+    """
+    if rounding not in ROUNDINGS:
+        raise CompressorError("wrong argument", where=where, found=repr(rounding), allowed=", ".join(ROUNDINGS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fxsplit.compressors import cpu_kernels, torch_kernels
 from fxsplit.compressors.grouping import Layout
+from fxsplit.compressors.ranges import RangeRule, Ranges
 from fxsplit.compressors.scheme import Scheme
 from fxsplit.spec import TensorSpec
 
@@ -28,8 +30,12 @@ class Kernels(Protocol):
         """The values of the given ranks, ascending, in each group: float64 `[groups, ranks]`."""
         ...
 
-    def make_table(self, minima: Tensor, maxima: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What the receiver and the sender use of the ranges."""
+    def ranges(self, values: Tensor, layout: Layout, rule: RangeRule, levels: int, dtype: torch.dtype) -> Ranges:
+        """The ranges that a rule asks for, and the table of `dtype` that is sent; NaN where this gives up."""
+        ...
+
+    def seeds(self, table: Tensor) -> Tensor:
+        """The seed of each group, for stochastic rounding."""
         ...
 
     def encode(
@@ -47,4 +53,9 @@ def kernels_for(device: torch.device, count: int) -> Kernels:
     """The fastest kernels that work on a device, for a tensor of so many elements."""
     if device.type == "cpu" and count >= COMPILED_FROM and cpu_kernels.available():
         return cpu_kernels
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from fxsplit.compressors import cuda_kernels
+
+        if cuda_kernels.available(device):
+            return cuda_kernels
     return torch_kernels

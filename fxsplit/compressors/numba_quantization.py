@@ -243,12 +243,27 @@ def lookup(codes: Array, start: int, inner: int, table: Array, values: Array) ->
 
 
 @kernel
+def reconstruct_one(
+    codes: Array, start: int, inner: int, minima: Floats, steps: Floats, limit: float, values: Array
+) -> None:
+    """values[k] = minimum + step * code, held to +- `limit`, with one bucket."""
+    done = 0
+    while done < codes.size:
+        run = (start + done) // inner
+        stop = min(codes.size, (run + 1) * inner - start)
+        part, out = codes[done:stop], values[done:stop]
+        minimum, step = minima[0, run % minima.shape[1]], steps[0, run % minima.shape[1]]
+        for k in range(part.size):
+            out[k] = min(max(minimum + step * part[k], -limit), limit)
+        done = stop
+
+
+@kernel
 def reconstruct(
     codes: Array, start: int, inner: int, minima: Floats, steps: Floats, shift: int, limit: float, values: Array
 ) -> None:
-    """values[k] = minimum + step * code, held to +- `limit`; by columns if `inner` is 0."""
-    buckets, groups = minima.shape
-    mask = (1 << shift) - 1
+    """As `reconstruct_one`, with any number of buckets; by columns if `inner` is 0."""
+    groups, mask = minima.shape[1], (1 << shift) - 1
     done = 0
     while done < codes.size:
         if inner > 0:
@@ -258,15 +273,10 @@ def reconstruct(
             first, step = (start + done) % groups, 1
             stop = min(codes.size, done + groups - first)
         part, out = codes[done:stop], values[done:stop]
-        if buckets == 1 and step == 0:
-            minimum, width = minima[0, first], steps[0, first]
-            for k in range(part.size):
-                out[k] = min(max(minimum + width * part[k], -limit), limit)
-        else:
-            for k in range(part.size):
-                bucket = np.int64(part[k]) >> shift
-                offset = steps[bucket, first + k * step] * (part[k] & mask)
-                out[k] = min(max(minima[bucket, first + k * step] + offset, -limit), limit)
+        for k in range(part.size):
+            bucket = np.int64(part[k]) >> shift
+            offset = steps[bucket, first + k * step] * (part[k] & mask)
+            out[k] = min(max(minima[bucket, first + k * step] + offset, -limit), limit)
         done = stop
 
 

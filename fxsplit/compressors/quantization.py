@@ -20,18 +20,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fxsplit.compressors import torch_kernels
 from fxsplit.compressors.base import Compressor
 from fxsplit.compressors.floating import DTYPES as DTYPES
 from fxsplit.compressors.floating import check_floating, not_finite, plain, wide_dtype
-from fxsplit.compressors.grouping import Layout, check_group
+from fxsplit.compressors.grouping import Layout, check_group, check_rounding
 from fxsplit.compressors.kernels import Kernels, kernels_for
 from fxsplit.compressors.packing import packed_bytes
-from fxsplit.compressors.scheme import Scheme, seeds
+from fxsplit.compressors.ranges import RangeRule
+from fxsplit.compressors.scheme import Scheme
 from fxsplit.errors import CompressorError
 from fxsplit.spec import TensorSpec
-
-ROUNDINGS = ("nearest", "stochastic")
-"""The ways to round."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,7 @@ class Quantization(Compressor):
         """Checks the options, so that construction in Python is refused like a spelling."""
         self.check_integer("bits", 2, 16)
         check_group(self.group, f"{self.name}: group")
-        if self.rounding not in ROUNDINGS:
-            raise CompressorError(
-                "wrong argument",
-                where=f"{self.name}: rounding",
-                found=repr(self.rounding),
-                allowed=", ".join(ROUNDINGS),
-            )
+        check_rounding(self.rounding, f"{self.name}: rounding")
 
     @property
     @abstractmethod
@@ -83,17 +76,8 @@ class Quantization(Compressor):
         """S: how many of the bits choose the bucket."""
 
     @abstractmethod
-    def ranges(self, values: Tensor, layout: Layout, kernels: Kernels) -> tuple[Tensor, Tensor]:
-        """Minima and maxima of the buckets of each group: float64 `[groups, 2**S]` each, ascending in a group.
-
-        The first minimum is the group's least value and its greatest lies in the last range, NaN and infinity
-        included: `encode` recognises them by these.
-
-        Args:
-            values: flat, not empty.
-            layout: their groups.
-            kernels: what does the work on their device.
-        """
+    def rule(self, layout: Layout) -> RangeRule:
+        """Which ranges the 2**S buckets of each group have."""
 
     def wire(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
         """The specs of codes and table.
@@ -123,16 +107,36 @@ class Quantization(Compressor):
             codes = values.new_empty(codes_spec.shape, dtype=torch.uint8)
             return codes, values.new_zeros(table_spec.shape, dtype=table_spec.dtype)
         kernels = kernels_for(values.device, values.numel())
-        minima, maxima = self.ranges(values, scheme.layout, kernels)
-        table, inverse = kernels.make_table(minima, maxima, scheme.levels, table_spec.dtype)
-        finite = table.isfinite().all()
-        if values.device.type == "cpu":
-            self._check(finite, values)
-        seed = seeds(table) if scheme.stochastic else None
-        codes = kernels.encode(values, minima, inverse, seed, scheme)
-        if values.device.type != "cpu":  # the codes are under way while the host waits for the answer
-            self._check(finite, values)
+        coded = self._coded(values, scheme, kernels)
+        if coded is None:
+            if not bool(values.isfinite().all()):
+                raise not_finite(self, values)
+            # Or these kernels gave up, which they say by NaN.
+            coded = self._coded(values, scheme, torch_kernels)
+        if coded is None:
+            raise CompressorError(
+                f"the values span more than a step of {self} can hold",
+                found=f"{values.min().item():g} to {values.max().item():g}",
+                allowed=f"a step below {torch.finfo(table_spec.dtype).max:g}",
+                hint="use more bits, or send this edge with the compressor 'none'",
+            )
+        codes, table = coded
         return codes, table.view(table_spec.shape)
+
+    def _coded(self, values: Tensor, scheme: Scheme, kernels: Kernels) -> tuple[Tensor, Tensor] | None:
+        """Codes and table; None if the table is not finite.
+
+        An accelerator is under way with the codes while the host waits to hear whether it is.
+        """
+        rule, wide = self.rule(scheme.layout), wide_dtype(values.dtype)
+        ranges = kernels.ranges(values, scheme.layout, rule, scheme.levels, wide)
+        if values.device.type == "cpu" and not ranges.are_finite():
+            return None
+        seeds = kernels.seeds(ranges.table) if scheme.stochastic else None
+        codes = kernels.encode(values, ranges.minima, ranges.inverse, seeds, scheme)
+        if values.device.type != "cpu" and not ranges.are_finite():
+            return None
+        return codes, ranges.table
 
     def decode(self, payload: Sequence[Tensor], spec: TensorSpec) -> Tensor:
         """The values that the codes stand for, a new contiguous tensor of `spec`.
@@ -149,17 +153,4 @@ class Quantization(Compressor):
     def _scheme(self, spec: TensorSpec) -> Scheme:
         return Scheme(
             Layout.of(spec, self.group), self.bits, self.split_bits, stochastic=self.rounding == "stochastic"
-        )
-
-    def _check(self, finite: Tensor, values: Tensor) -> None:
-        """Refuses values whose table is not finite."""
-        if bool(finite):
-            return
-        if not bool(values.isfinite().all()):
-            raise not_finite(self, values)
-        raise CompressorError(
-            f"the values span more than a step of {self} can hold",
-            found=f"{values.min().item():g} to {values.max().item():g}",
-            allowed=f"a step below {torch.finfo(wide_dtype(values.dtype)).max:g}",
-            hint="use more bits, or send this edge with the compressor 'none'",
         )

@@ -45,7 +45,7 @@ class Scheme:
         return (1 << self.offset_bits) - 1
 
 
-def make_table(minima: Tensor, maxima: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def make_table(minima: Tensor, maxima: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """What the receiver and the sender use of the ranges.
 
     Args:
@@ -55,9 +55,9 @@ def make_table(minima: Tensor, maxima: Tensor, levels: int, dtype: torch.dtype) 
         dtype: of the table.
 
     Returns:
-        The table `[2, groups, buckets]`: minima and steps = (maximum - minimum) / levels; and inverse =
-        levels / (maximum - minimum), float64 `[groups, buckets]`: 0 where the range is 0, and at most the
-        greatest float64, which it would exceed where the range of float64 values is below 1e-303.
+        The table `[2, groups, buckets]`: minima and steps = (maximum - minimum) / levels; the minima; and
+        inverse = levels / (maximum - minimum), float64 `[groups, buckets]`: 0 where the range is 0, and at
+        most the greatest float64, which it would exceed where the range of float64 values is below 1e-303.
     """
     minima = minima + 0.0  # turns -0.0 into 0.0: of these equals a sort may put either first
     spans = maxima + 0.0 - minima
@@ -65,7 +65,7 @@ def make_table(minima: Tensor, maxima: Tensor, levels: int, dtype: torch.dtype) 
     steps = spans / torch.full_like(spans, levels)
     inverse = torch.where(spans > 0, torch.full_like(spans, levels) / spans, 0.0)
     inverse = inverse.clamp_(max=torch.finfo(torch.float64).max)
-    return torch.stack((minima, steps)).to(dtype), inverse
+    return torch.stack((minima, steps)).to(dtype), minima, inverse
 
 
 def mix(numbers: Tensor) -> Tensor:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from fxsplit.compressors.bucket_quantization import BucketQuantization, chunk_ranges
+from fxsplit.compressors.bucket_quantization import BucketQuantization
 from fxsplit.compressors.grouping import Layout
-from fxsplit.compressors.kernels import Kernels
+from fxsplit.compressors.ranges import RangeRule
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,6 @@ class SortQuantization(BucketQuantization):
 
     name: ClassVar[str] = "sortquant"
 
-    def ranges(self, values: Tensor, layout: Layout, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    def rule(self, layout: Layout) -> RangeRule:
         """The least and the greatest value of each chunk."""
-        return chunk_ranges(values, layout, kernels, 1 << self.split_bits)
+        return RangeRule(1 << self.split_bits, touching=False)

@@ -11,8 +11,9 @@ from torch import Tensor
 from fxsplit.compressors.floating import wide_dtype
 from fxsplit.compressors.grouping import Layout
 from fxsplit.compressors.packing import pack, packed_bytes, unpack
+from fxsplit.compressors.ranges import RangeRule, Ranges, found_ranges
 from fxsplit.compressors.scheme import Scheme, dither
-from fxsplit.compressors.scheme import make_table as make_table
+from fxsplit.compressors.scheme import seeds as seeds
 from fxsplit.spec import TensorSpec
 
 MAX_COMPARED_BUCKETS = 65
@@ -39,12 +40,17 @@ def order_statistics(values: Tensor, layout: Layout, ranks: Sequence[int]) -> Te
     """
     chosen = torch.tensor(ranks, device=values.device)
     rows = layout.rows(values)
-    at_once = max(1, _block_size(values.device) // max(1, layout.group_size))
+    at_once = max(1, block_size(values.device) // max(1, layout.group_size))
     found = values.new_empty(layout.groups, len(ranks), dtype=torch.float64)
     for first in range(0, layout.groups, at_once):
         some = rows[first : first + at_once]
-        found[first : first + at_once] = _sorted(some.reshape(some.shape[0], -1))[:, chosen]
+        found[first : first + at_once] = sorted_rows(some.reshape(some.shape[0], -1))[:, chosen]
     return found
+
+
+def ranges(values: Tensor, layout: Layout, rule: RangeRule, levels: int, dtype: torch.dtype) -> Ranges:
+    """The ranges that a rule asks for; see `found_ranges`."""
+    return found_ranges(values, layout, rule, levels, dtype, extremes, order_statistics)
 
 
 def encode(values: Tensor, minima: Tensor, inverse: Tensor, seeds: Tensor | None, scheme: Scheme) -> Tensor:
@@ -59,14 +65,14 @@ def encode(values: Tensor, minima: Tensor, inverse: Tensor, seeds: Tensor | None
     """
     count, bits, device = values.numel(), scheme.bits, values.device
     packed = values.new_empty(packed_bytes(count, bits), dtype=torch.uint8)
-    size = min(_block_size(device), count)
+    size = min(block_size(device), count)
     kinds = (torch.float64, torch.int32, torch.int64, torch.float64)
     buffers = [torch.empty(size, dtype=kind, device=device) for kind in kinds]
-    search = _BucketSearch(minima, wide_dtype(values.dtype), size) if scheme.buckets > 1 else None
-    for start, length in _blocks(count, size):
+    search = BucketSearch(minima, wide_dtype(values.dtype), size) if scheme.buckets > 1 else None
+    for start, length in blocks(count, size):
         block = values[start : start + length]
         scaled, codes, rows, gathered = (buffer[:length] for buffer in buffers)
-        group = _groups(start, length, scheme.layout, device)
+        group = element_groups(start, length, scheme.layout, device)
         bucket = None if search is None else search(block, group)
         scaled.copy_(block)
         if group is None and bucket is None:
@@ -78,8 +84,7 @@ def encode(values: Tensor, minima: Tensor, inverse: Tensor, seeds: Tensor | None
         if seeds is None:
             scaled.round_()
         else:
-            elements = torch.arange(start, start + length, device=device)
-            scaled.add_(dither(elements, seeds if group is None else seeds[group])).floor_()
+            scaled.add_(dither_of(start, length, seeds, group)).floor_()
         codes.copy_(scaled.clamp_(0, scheme.levels))
         if bucket is not None:
             codes.add_(bucket, alpha=scheme.levels + 1)
@@ -100,10 +105,10 @@ def decode(packed: Tensor, table: Tensor, scheme: Scheme, spec: TensorSpec) -> T
     values, (minima, steps) = None, table.double().view(2, -1)
     if layout.groups << bits <= max(1 << 16, count // 16):
         values = decoded_values(table, scheme, spec.dtype).view(-1)
-    for start, length in _blocks(count, min(_block_size(packed.device), count)):
+    for start, length in blocks(count, min(block_size(packed.device), count)):
         first = start * bits // 8
         codes = unpack(packed[first : first + packed_bytes(length, bits)], bits, length).long()
-        block, group = decoded[start : start + length], _groups(start, length, layout, packed.device)
+        block, group = decoded[start : start + length], element_groups(start, length, layout, packed.device)
         if values is not None:
             codes = codes if group is None else codes.add_(group, alpha=1 << bits)
             torch.index_select(values, 0, codes, out=block)
@@ -129,7 +134,7 @@ def _narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(wide_dtype(dtype)).to(dtype)
 
 
-def _block_size(device: torch.device) -> int:
+def block_size(device: torch.device) -> int:
     """Elements done at a time, a multiple of 8 so that a block's codes begin on a byte.
 
     On a CPU: the least that torch spreads over all its threads (32,768 for each), whose temporaries about
@@ -139,17 +144,23 @@ def _block_size(device: torch.device) -> int:
     return 32768 * torch.get_num_threads() if device.type == "cpu" else 1 << 24
 
 
-def _blocks(count: int, size: int) -> Iterator[tuple[int, int]]:
+def blocks(count: int, size: int) -> Iterator[tuple[int, int]]:
     """Start and length of each block; only the last may be shorter."""
     return ((start, min(size, count - start)) for start in range(0, count, size or 1))
 
 
-def _groups(start: int, length: int, layout: Layout, device: torch.device) -> Tensor | None:
+def element_groups(start: int, length: int, layout: Layout, device: torch.device) -> Tensor | None:
     """The groups of consecutive elements: int64 `[length]`; None if there is one group."""
     if layout.groups == 1:
         return None
     elements = torch.arange(start, start + length, device=device)
     return elements.div_(layout.inner, rounding_mode="floor").remainder_(layout.groups)
+
+
+def dither_of(start: int, length: int, seeds: Tensor, group: Tensor | None) -> Tensor:
+    """What consecutive elements are rounded with, float64 `[length]`; `group` as `element_groups` says."""
+    elements = torch.arange(start, start + length, device=seeds.device)
+    return dither(elements, seeds if group is None else seeds[group])
 
 
 def _rows(group: Tensor | None, bucket: Tensor | None, buckets: int, rows: Tensor) -> None:
@@ -162,7 +173,7 @@ def _rows(group: Tensor | None, bucket: Tensor | None, buckets: int, rows: Tenso
         rows.add_(bucket)
 
 
-def _sorted(rows: Tensor) -> Tensor:
+def sorted_rows(rows: Tensor) -> Tensor:
     """The values of each row [groups, n] in ascending order, NaN last; 16-bit floats may come back as float32.
 
     On a CPU by numpy, which sorts by vector instructions. `torch.sort` carries every value's position along
@@ -176,7 +187,7 @@ def _sorted(rows: Tensor) -> Tensor:
     return torch.from_numpy(np.sort((rows.float() if half else rows).numpy()))
 
 
-class _BucketSearch:
+class BucketSearch:
     """Finds the buckets of a block of values, in buffers that are kept from block to block.
 
     The bucket is the number of minima of the value's group, the first left out, that are not above the value.

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from fxsplit.compressors.grouping import Layout
-from fxsplit.compressors.kernels import Kernels
 from fxsplit.compressors.quantization import Quantization
+from fxsplit.compressors.ranges import RangeRule
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,6 @@ class Uniform(Quantization):
         """No bits choose a bucket: there is one."""
         return 0
 
-    def ranges(self, values: Tensor, layout: Layout, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    def rule(self, layout: Layout) -> RangeRule:
         """The minimum and the maximum of all values of each group."""
-        low, high = kernels.extremes(values, layout)[..., None]
-        return low, high
+        return RangeRule(1)

@@ -12,8 +12,8 @@ from fxsplit.schedules.listing import backward_first, list_schedule, longest_pat
 from fxsplit.schedules.simulation import simulate
 from fxsplit.schedules.times import Times
 
-WORTH_A_SPLIT = 0.03
-"""A backward in two parts runs more Python than a whole one: it has to save at least this share of the step."""
+WORTH_A_SPLIT = 0.1
+"""A backward in two parts takes longer than a whole one: it has to save at least this share of the step."""
 
 _SAME_TIME = 0.01
 

@@ -1,0 +1,1 @@
+"""What the compressors cost in time and memory, and what they lose."""

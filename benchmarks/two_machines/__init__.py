@@ -1,0 +1,1 @@
+"""Training steps over a slow link, against `torch.distributed.pipelining` in the same run."""

@@ -1,0 +1,137 @@
+"""What a worker measures while it runs: what it did when, and what it sent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fxsplit.runtime.packet import Key, Packet
+from fxsplit.schedules import Action
+
+
+class Span(NamedTuple):
+    """Something that took time on a worker or a link.
+
+    Attributes:
+        kind: "F", "B", "I", "W" as in `fxsplit.schedules.Work`; "loss"; "wait" of the thread that computes;
+            "encode", "send" and "decode" of a packet.
+        source: the stage at work, or the one that the packet comes from.
+        target: the same stage, or the one that it goes to.
+        micro_batch: of the batch.
+        start_s: by the worker's `time.perf_counter`.
+        end_s: the same.
+        wire_bytes: of the packet.
+        peer: the worker that it goes to; "" if it stays.
+    """
+
+    kind: str
+    source: int
+    target: int
+    micro_batch: int
+    start_s: float
+    end_s: float
+    wire_bytes: int = 0
+    peer: str = ""
+
+    @classmethod
+    def of_packet(cls, kind: str, key: Key, start_s: float, end_s: float, wire_bytes: int, peer: str = "") -> Span:
+        """A span of a packet, whose gradients go the other way than its values."""
+        source, target = (key.target, key.source) if key.backward else (key.source, key.target)
+        return cls(kind, source, target, key.micro_batch, start_s, end_s, wire_bytes, peer)
+
+    @property
+    def seconds(self) -> float:
+        """How long it was."""
+        return self.end_s - self.start_s
+
+
+@dataclass(frozen=True)
+class LinkTraffic:
+    """Bytes that one worker sent to another.
+
+    Attributes:
+        source: the sending worker.
+        target: the receiving worker.
+        backward: gradients, or values.
+        raw_bytes: before compression.
+        wire_bytes: as sent.
+        packets: how many packets they were.
+    """
+
+    source: str
+    target: str
+    backward: bool
+    raw_bytes: int
+    wire_bytes: int
+    packets: int
+
+    def __add__(self, other: LinkTraffic) -> LinkTraffic:
+        return replace(
+            self,
+            raw_bytes=self.raw_bytes + other.raw_bytes,
+            wire_bytes=self.wire_bytes + other.wire_bytes,
+            packets=self.packets + other.packets,
+        )
+
+
+@dataclass
+class RunReport:
+    """What one worker measured in one phase of a step, in seconds of its own clock.
+
+    The threads that encode and decode write into it beside the one that computes, each what is its own.
+
+    Attributes:
+        worker: its name.
+        compute_s: seconds of forwards, backwards and losses.
+        encode_s: seconds of its encoder.
+        decode_s: seconds of its decoder.
+        wait_s: seconds that the thread which computes had nothing to compute.
+        traffic: what it sent, by (receiver, backward).
+        spans: what it did when.
+        losses: of the micro-batches, weighted, if the loss is made here.
+        peak_memory_bytes: the most that its devices' memory (CUDA), or else its process, has held so far.
+    """
+
+    worker: str
+    compute_s: float = 0.0
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    wait_s: float = 0.0
+    traffic: dict[tuple[str, bool], LinkTraffic] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+
+    @contextmanager
+    def timing(self, kind: str, action: Action) -> Iterator[None]:
+        """What is inside is an action's, or its "wait" or "loss"."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            end = time.perf_counter()
+            what = "wait_s" if kind == "wait" else "compute_s"
+            setattr(self, what, getattr(self, what) + end - start)
+            self.spans.append(Span(kind, action.stage, action.stage, action.micro_batch, start, end))
+
+    def encoded(self, key: Key, packet: Packet, start_s: float, end_s: float) -> None:
+        """A packet was encoded."""
+        self.encode_s += end_s - start_s
+        self.spans.append(Span.of_packet("encode", key, start_s, end_s, packet.wire_bytes))
+
+    def decoded(self, key: Key, packet: Packet, start_s: float, end_s: float) -> None:
+        """A packet was decoded."""
+        self.decode_s += end_s - start_s
+        self.spans.append(Span.of_packet("decode", key, start_s, end_s, packet.wire_bytes))
+
+    def add_packet(self, to: str, key: Key, packet: Packet) -> None:
+        """Counts a packet that is sent to a worker."""
+        traffic = LinkTraffic(self.worker, to, key.backward, packet.raw_bytes, packet.wire_bytes, 1)
+        key_of = to, key.backward
+        known = self.traffic.get(key_of)
+        self.traffic[key_of] = traffic if known is None else known + traffic

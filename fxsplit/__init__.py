@@ -12,7 +12,7 @@ from fxsplit.compressors import Compressor, compressor
 from fxsplit.costs import CostTable
 from fxsplit.errors import FxsplitError
 from fxsplit.passes import rewrite
-from fxsplit.planning import Budget, Plan, plan
+from fxsplit.planning import Budget, Guard, Plan, Profile, plan
 from fxsplit.runtime.pipeline import Pipeline
 from fxsplit.runtime.torchrun import serve
 from fxsplit.split import split
@@ -23,8 +23,10 @@ __all__ = [
     "Compressor",
     "CostTable",
     "FxsplitError",
+    "Guard",
     "Pipeline",
     "Plan",
+    "Profile",
     "TracedModel",
     "analyze",
     "compile",

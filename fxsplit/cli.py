@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fxsplit.analyze import analyze as analyze_costs
+from fxsplit.commands import planning as options
 from fxsplit.commands.bench import bench
 from fxsplit.commands.common import errors_as_exit_status, names_in
 from fxsplit.commands.inputs import parse_inputs
@@ -29,6 +30,7 @@ from fxsplit.model_source import InputShape, load_model
 from fxsplit.opening import trace_for_planning
 from fxsplit.planning import Plan, parse_devices
 from fxsplit.planning import plan as make_plan
+from fxsplit.planning.planner import GIVEN, check_choices
 from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.planning.units import format_bytes, format_macs
 from fxsplit.trace import TracedModel, check_front_end, trace
@@ -136,9 +138,6 @@ _GradientCompressor = Annotated[
         metavar="NAME", help="For the gradients that come back: auto, same...", rich_help_panel=_PLAN_PANEL
     ),
 ]
-_Chunks = Annotated[
-    int, typer.Option(min=1, metavar="COUNT", help="Micro-batches of a batch.", rich_help_panel=_PLAN_PANEL)
-]
 _Training = Annotated[
     bool, typer.Option("--train/--eval", metavar=" ", help="The mode to price.", rich_help_panel=_PLAN_PANEL)
 ]
@@ -163,6 +162,15 @@ _FrontEnd = Annotated[
 _Json = Annotated[
     bool, typer.Option("--json", metavar=" ", help="Print one JSON object instead.", rich_help_panel=_OUTPUT_PANEL)
 ]
+_Save = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        show_default=False,
+        help="Save the plan, for fxsplit.compile(..., plan=FILE).",
+        rich_help_panel=_OUTPUT_PANEL,
+    ),
+]
 _Plot = Annotated[
     Path | None,
     typer.Option(
@@ -179,7 +187,7 @@ _Plot = Annotated[
     "fxsplit analyze torchvision:mobilenet_v2 -i 64,3,224,224 --compressor sortquant8 --plot cuts.png\n\n"
     "fxsplit analyze torchvision:mobilenet_v2 --devices cpu,cuda,cpu --cuts features.0.2,classifier\n\n"
     "fxsplit analyze transformers:roberta -i 32,128 --devices cpu,server/cuda:0 --json\n\n"
-    "fxsplit analyze model.py --eval"
+    "fxsplit analyze model.py --devices cpu,server/cuda --bandwidth 50Mbit/s --compressor auto --chunks auto"
 )
 def analyze(
     model: _Model,
@@ -188,10 +196,19 @@ def analyze(
     cuts: _Cuts = None,
     compressor: _Compressor = "none",
     gradient_compressor: _GradientCompressor = AUTO,
-    chunks: _Chunks = 1,
+    chunks: options.ChunksOption = "1",
+    schedule: options.ScheduleOption = "gpipe",
+    placement: options.PlacementOption = GIVEN,
+    objective: options.ObjectiveOption = "step",
+    price: options.PriceOption = None,
+    budget: options.BudgetOption = None,
+    bandwidth: options.BandwidthOption = None,
+    latency: options.LatencyOption = None,
+    allow: options.AllowOption = None,
     training: _Training = True,
     verify: _Verify = True,
     as_json: _Json = False,
+    save: _Save = None,
     plot: _Plot = None,
 ) -> None:
     """Show where a model would be cut, what each part computes, and what crosses each cut."""
@@ -199,7 +216,16 @@ def analyze(
         # What the command line itself gets wrong is said before the work, which may take a minute.
         shapes = parse_inputs(inputs or ())
         names = names_in(cuts) if cuts and cuts.strip() else None
-        Codecs.of(compressor, gradient_compressor, len(parse_devices(names_in(devices))) - 1)
+        placements = parse_devices(names_in(devices))
+        if compressor != AUTO:
+            Codecs.of(compressor, gradient_compressor, len(placements) - 1)
+        chosen: dict[str, Any] = {
+            "chunks": options.read_chunks(chunks),
+            "budget": options.read_budget(budget, bandwidth, latency),
+            "price": options.read_prices(price),
+            "guard": options.read_guard(allow),
+        }
+        check_choices(schedule, placement, objective)
         if plot is not None:
             from fxsplit import plots  # matplotlib takes a while to import, and only a picture needs it
 
@@ -207,15 +233,20 @@ def analyze(
         # Whatever the model's own code prints, standard output is for the result alone.
         with redirect_stdout(sys.stderr), Console(stderr=True).status(f"analyzing {model}"):
             _, costs, notes = _traced_costs_of(model, shapes, names, training, verify)
-            _check_chunks(chunks, costs.batch_size)
+            _check_chunks(chosen["chunks"], costs.batch_size)
             plan = make_plan(
                 costs,
                 names_in(devices),
                 cuts=names,
                 compressor=compressor,
                 gradient_compressor=gradient_compressor,
-                chunks=chunks,
+                schedule=schedule,
+                placement=placement,
+                objective=objective,
+                **chosen,
             )
+            if save is not None:
+                plan.save(save)
             if plot is not None:
                 plots.save_picture(costs, plan, plot)
         mode = "train" if training else "eval"
@@ -274,8 +305,8 @@ def _traced_costs_of(
     return traced, costs, [*traced.notes, *dict.fromkeys(str(warning.message) for warning in caught)]
 
 
-def _check_chunks(chunks: int, samples: int) -> None:
-    if chunks > samples:
+def _check_chunks(chunks: int | str, samples: int) -> None:
+    if isinstance(chunks, int) and chunks > samples:
         raise InputError(
             "the batch has fewer samples than there are chunks",
             found=f"{samples} samples, {chunks} chunks",

@@ -21,7 +21,9 @@ from fxsplit.opening import trace_for_planning
 from fxsplit.passes import rewrite
 from fxsplit.planning import Budget, Placement, Plan, check_available, parse_devices
 from fxsplit.planning import plan as make_plan
-from fxsplit.planning.planner import check_chunks
+from fxsplit.planning.guard import Guard
+from fxsplit.planning.planner import GIVEN, check_chunks
+from fxsplit.planning.profile import Profile
 from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.runtime.built import Built
 from fxsplit.runtime.checkpointing import parse_policies
@@ -44,8 +46,11 @@ def compile(
     gradient_compressor: Asked = AUTO,
     example_inputs: ExampleInputs | None = None,
     cuts: Sequence[str] | None = None,
-    chunks: int = 1,
+    chunks: int | str = 1,
     budget: Budget | None = None,
+    placement: str = GIVEN,
+    guard: Guard | None = None,
+    profile: Profile | None = None,
     plan: Plan | str | None = None,
     schedule: str = "gpipe",
     transport: str = "rpc",
@@ -63,14 +68,19 @@ def compile(
             worker of that name. The first is the client's: this process, where inputs are given and outputs come
             back. Equal entries are the same worker, so ["cpu", "cuda", "cpu"] is a sandwich.
         compressor: what activations that cross between workers go through: "sortquant8", "uniform4"..., or a
-            list with one for each cut; None sends them as they are.
+            list with one for each cut; None sends them as they are; "auto" chooses for each cut what is
+            predicted to be fastest of what `guard` allows, nothing among it.
         gradient_compressor: the same for their gradients; what the activations' compressor wants for gradients
             if not given, "same" for the same.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. If given, the model is
             compiled now, else at the first call.
         cuts: module names at which the stages but the first begin; chosen by cost if not given.
-        chunks: micro-batches that a batch is cut into.
+        chunks: micro-batches that a batch is cut into; "auto" chooses, and needs `example_inputs`.
         budget: limits that a plan must keep, and assumptions about the link.
+        placement: "given", every device of the list gets a stage; or "auto", which needs `example_inputs`: all but
+            the client's may be left out, and the client may send the inputs as they are and compute nothing.
+        guard: what `compressor="auto"` may choose from.
+        profile: measured speeds of devices and codecs; what is not in it is estimated.
         plan: a saved plan, or the path of one, instead of `cuts`, `compressor`, `chunks` and `schedule`.
         schedule: the order of work of `pipe.step`: "gpipe"; "1f1b" and "interleaved", which keep no more
             micro-batches than stages; "zero-bubble"; or "auto", which is made for the times that were measured.
@@ -102,9 +112,18 @@ def compile(
         compressor, gradient_compressor = plan.compressor, plan.gradient_compressor
     placements = parse_devices(devices)
     check_available(placements)
-    codecs = Codecs.of(compressor, gradient_compressor, len(placements) - 1)
-    check_chunks(chunks)
-    find_schedule(schedule).orders([p.worker for p in placements], chunks, Times.unit(len(placements)))
+    asked: dict[str, Any] = {"compressor": compressor, "gradient_compressor": gradient_compressor}
+    has_learned = False
+    if compressor != AUTO:
+        codecs = Codecs.of(compressor, gradient_compressor, len(placements) - 1)
+        asked = {"compressor": codecs.forward, "gradient_compressor": codecs.backward}
+        has_learned = any(split_learned(codec)[0] is not None for codec in codecs.forward)
+    if chunks != AUTO:
+        check_chunks(chunks)
+        find_schedule(schedule).orders([p.worker for p in placements], int(chunks), Times.unit(len(placements)))
+    if example_inputs is None and AUTO in (chunks, placement):
+        name = "chunks" if chunks == AUTO else "placement"
+        raise PlanError(f"{name}='auto' looks at the batch", found="no example_inputs", hint="give example_inputs")
     check_names(model, cuts or ())
     policies = parse_policies(checkpoint, len(placements))
     if deferred_batch_norm:
@@ -112,11 +131,14 @@ def compile(
     chosen = find_transport(transport) if listen is None else listening(listen, token, placements, transport)
     _check_shared_devices(placements, transport)
     options: dict[str, Any] = {"cuts": cuts, "chunks": chunks, "schedule": schedule, "budget": budget}
-    options |= {"compressor": codecs.forward, "gradient_compressor": codecs.backward}
+    options |= {**asked, "placement": placement, "guard": guard, "profile": profile}
     builder = _Builder(model, placements, plan, options, verify, deferred_batch_norm)
     built = None if example_inputs is None else builder(Arguments.of(example_inputs), None, False)
-    has_learned = any(split_learned(codec)[0] is not None for codec in codecs.forward)
-    return Pipeline(model, placements, chunks, chosen, builder, built, deferred_batch_norm, has_learned, policies)
+    count = built.plan.chunks if built is not None else int(chunks)
+    if built is not None and len(built.plan.devices) != len(placements):
+        placements = parse_devices(built.plan.devices)
+        policies = parse_policies(checkpoint, len(placements))
+    return Pipeline(model, placements, count, chosen, builder, built, deferred_batch_norm, has_learned, policies)
 
 
 @dataclass
@@ -151,7 +173,7 @@ class _Builder:
             traced = trace(self.model, example, cuts=first.cut_names, verify=self.verify, exact=exact)
         if self.verify:  # without compressors: these change the numbers, and are meant to
             plain = replace(made, compressor="none", gradient_compressor="none")
-            verify_split(rewrite(traced, plain), len(self.placements), example, exact=exact)
+            verify_split(rewrite(traced, plain), len(made.parts), example, exact=exact)
         if self.deferred and any(graph.front_end == "export" for graph in traced.graphs.values()):
             raise PipelineError(
                 "deferred_batch_norm needs batch norm layers, and torch.export has taken them apart",
@@ -173,9 +195,10 @@ class _Builder:
             warnings.warn(f"{type(self.model).__name__}: {note}", stacklevel=6)
         costs = analyze(traced, example)
         devices = tuple(placement.spelling for placement in self.placements)
-        made = self.plan or make_plan(costs, devices, **self.options)
-        _check_plan(made, costs, devices)
-        return traced, made
+        if self.plan is None:
+            return traced, make_plan(costs, devices, **self.options)
+        _check_plan(self.plan, costs, devices)
+        return traced, self.plan
 
 
 def _on_model(model: nn.Module, example: Arguments, client: str) -> Arguments:

@@ -22,6 +22,11 @@ class NodeCost:
         operations: torch operations in it: one, or those inside a module or function that is kept whole.
         is_repeatable: whether it may run again elsewhere: no parameters, random numbers or changes in place.
         layout_inputs: names of the values of which it reads no more than shape, dtype and device.
+        backward_macs: multiply-accumulate operations of its backward: gradients of its parameters and of those
+            inputs that depend on a parameter; twice the forward's if not given.
+        saved_bytes: what it is the first to keep from its forward for a backward, parameters left out; the bytes
+            that it returns if not given.
+        trainable_bytes: the part of `parameter_bytes` that has gradients; all of it if not given.
     """
 
     name: str
@@ -33,6 +38,33 @@ class NodeCost:
     operations: int = 1
     is_repeatable: bool = False
     layout_inputs: tuple[str, ...] = ()
+    backward_macs: int = -1
+    saved_bytes: int = -1
+    trainable_bytes: int = -1
+
+    def __post_init__(self) -> None:
+        defaults = {
+            "backward_macs": 2 * self.forward_macs,
+            "saved_bytes": self.output_bytes,
+            "trainable_bytes": self.parameter_bytes,
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) < 0:
+                object.__setattr__(self, name, value)
+
+    @property
+    def forward_flops(self) -> int:
+        """Floating point operations of its forward: two a MAC."""
+        return 2 * self.forward_macs
+
+    @property
+    def backward_flops(self) -> int:
+        """Floating point operations of its backward."""
+        return 2 * self.backward_macs
+
+    def optimizer_bytes(self, states: int) -> int:
+        """Bytes of an optimizer that keeps `states` tensors for each parameter: 0 SGD, 1 momentum, 2 Adam."""
+        return states * self.trainable_bytes
 
 
 @dataclass(frozen=True)
@@ -100,6 +132,16 @@ class CostTable:
     def forward_macs(self) -> int:
         """MACs of the whole forward."""
         return sum(node.forward_macs for node in self.nodes)
+
+    @property
+    def backward_macs(self) -> int:
+        """MACs of the whole backward."""
+        return sum(node.backward_macs for node in self.nodes)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that a whole forward keeps for its backward, beside parameters."""
+        return sum(node.saved_bytes for node in self.nodes)
 
     @property
     def parameter_bytes(self) -> int:

@@ -114,7 +114,8 @@ class InsertCodecs(Pass):
             behind = {f"{node.name}_to_{stage}_decode": Decode(codec, back), **behind}
         # At the end of the stage, as the stage sends it: so the gradient that comes back is added to the others
         # in the same order, and what the stage does to the value in place is seen.
-        value, last = node, [n for n in graph.nodes if n.meta.get("stage") == source][-1]
+        stage_nodes = [n for n in graph.nodes if n.meta.get("stage") == source]
+        value, last = node, (stage_nodes or [n for n in graph.nodes if n.op == "placeholder"])[-1]
         for name, module in front.items():
             with graph.inserting_after(last):
                 value = last = self._call(graph_module, name, module, value, source, node)

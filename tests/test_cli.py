@@ -18,6 +18,7 @@ from fxsplit.cli import app, main
 from fxsplit.commands.inputs import parse_inputs
 from fxsplit.errors import InputError
 from fxsplit.model_source import InputShape
+from fxsplit.planning import Plan
 
 TYPE_1 = ("--devices", "cpu,cuda,cpu", "--cuts", "features.0.2,classifier")
 MODEL_FILE = """
@@ -268,3 +269,36 @@ def test_trace_shows_what_was_opened_guarded_and_crosses(tmp_path: Path) -> None
         assert words in out, out
     status, _, err = run("trace", source, "--cuts", "c")
     assert status == 1 and "no module of that name" in err
+
+
+def test_a_plan_is_chosen_saved_and_limited(model_file: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "plan.json"
+    asked = ("--devices", "cpu,server/cuda", "--bandwidth", "5Mbit/s", "--allow", "uniform8", "--chunks", "auto")
+    found = analyzed(model_file, *asked, "--compressor", "auto", "--save", saved)
+    plan = Plan.load(saved)
+    assert plan.compressor == "uniform8" == found["cuts"][0]["compressor"] and plan.chunks == found["chunks"]
+    alone = analyzed(model_file, "--devices", "cpu,server/cpu", "--placement", "auto", "--bandwidth", "1kB/s")
+    assert [part["device"] for part in alone["parts"]] == ["cpu"]
+    priced = ("--objective", "price", "--price", "cpu=1", "--price", "server/cuda=2.5")
+    assert analyzed(model_file, *asked[:2], *priced)["predicted_step_s"] > 0
+    assert "macs of cpu is missed by" in refused(model_file, "--devices", "cpu", "--budget", "macs.cpu=1k")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--budget", "memory"), "not a line of a budget"),
+        (("--budget", "step_time.cpu=1s"), "not a line of a budget"),
+        (("--budget", "memory=2GiB", "--budget", "memory=3GiB"), "given twice"),
+        (("--budget", "energy=3J"), "unknown budget line"),
+        (("--budget", "memory=2Gb"), "unknown unit"),
+        (("--bandwidth", "-1Mbit/s"), "negative"),
+        (("--price", "cpu"), "not a price"),
+        (("--objective", "energy"), "unknown objective"),
+        (("--placement", "some"), "unknown placement"),
+        (("--schedule", "2f2b"), "unknown schedule"),
+        (("--compressor", "auto", "--allow", "zip"), "unknown compressor"),
+    ],
+)
+def test_what_a_plan_cannot_be_chosen_by(model_file: Path, arguments: tuple[str, ...], said: str) -> None:
+    assert said in refused(model_file, *arguments)

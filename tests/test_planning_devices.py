@@ -10,7 +10,7 @@ import torch
 from fxsplit.errors import DeviceError
 from fxsplit.planning import Placement, check_available, parse_devices
 from fxsplit.planning.devices import DEVICE_TYPES
-from fxsplit.planning.predict import MACS_PER_S
+from fxsplit.planning.profile import CODEC_BYTES_PER_S, MACS_PER_S, OPERATION_S
 
 
 def workers(*devices: str) -> list[str]:
@@ -94,4 +94,4 @@ def test_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_type_of_device_has_a_rate() -> None:
-    assert set(DEVICE_TYPES) == set(MACS_PER_S)
+    assert set(DEVICE_TYPES) == set(MACS_PER_S) == set(OPERATION_S) == set(CODEC_BYTES_PER_S)

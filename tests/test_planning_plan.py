@@ -259,12 +259,11 @@ def test_it_prints_as_a_table() -> None:
         "  stage   device          modules     MACs   parameters   over cut   on wire   gradients      time",
         " ──────────────────────────────────────────────────────────────────────────────────────────────────",
         "      0   cpu (client)    stem      1.00e8      4.00 kB                                    12.0 ms",
-        "      1   server/cuda:0   body      1.00e8      4.00 kB    3.20 kB     832 B       808 B   60.0 us",
+        "      1   server/cuda:0   body      1.00e8      4.00 kB    3.20 kB     832 B       808 B   80.0 us",
         "      2   cpu (client)    head      1.00e8      4.00 kB    3.20 kB     832 B       808 B   12.0 ms",
         "",
-        "predicted step 25.3 ms (optimal)",
-        "cuts chosen; assumed: cpu 2.50e10 MACs/s, cuda 5.00e12 MACs/s; links 1.00 GB/s, 300 us; compressors",
-        "take no time",
+        "predicted step 25.9 ms (optimal)",
+        "cuts chosen; estimated: cpu 2.50e10 MACs/s, cuda 5.00e12 MACs/s; links 1.00 GB/s, 300 us",
     ]
 
 

@@ -174,7 +174,8 @@ def random_costs(seed: int) -> CostTable:
 
 def seconds(flow: Flow, needs: Needs, free: frozenset[str], link: Link) -> float:
     """What one choice costs, counted plainly."""
-    from fxsplit.planning.recompute import PACKET_S, _compute_s
+    from fxsplit.planning.profile import PACKET_S
+    from fxsplit.planning.recompute import _compute_s
 
     sent = sum(PACKET_S + flow.values[n].nbytes / link.bytes_per_s for n in needs.values - free)
     layouts = PACKET_S * len(needs.layouts)

@@ -1,10 +1,11 @@
-"""Prediction and budget of very many candidates at once: one axis a cut, one cell a choice of cuts.
+"""Lower bounds and budgets of very many choices of cuts at once: one axis a cut, one cell a choice of cuts.
 
-Every quantity of a plan depends on few cuts: the MACs of a stage on the two around it, the bytes from one
-stage to another on the at most four around the two. Each is an array over the axes it depends on, with length
-1 on the others, and numpy broadcasts the rest. The bytes come from difference arrays: a use of a value makes
-an edge between two stages exactly when each of those cuts lies in an interval, so that it is added at the
-corners of a box and cumulative sums fill the box in. The scores are those of the plans the cuts would give.
+Every quantity of a plan depends on few cuts: the time of a stage on the two around it, the bytes from one stage
+to another on the at most four around the two. Each is an array over the axes it depends on, with length 1 on the
+others, and numpy broadcasts the rest. The bytes come from difference arrays: a use of a value makes an edge
+between two stages exactly when each of those cuts lies in an interval, so that it is added at the corners of a
+box and cumulative sums fill the box in. What a plan may find cheaper later is taken to be free: values that could
+be computed again, and the layouts of values.
 """
 
 from __future__ import annotations
@@ -13,75 +14,53 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import reduce
 from itertools import combinations, pairwise, product
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fxsplit.costs import CostTable
+from fxsplit.compressors import Compressor, Lossless
+from fxsplit.compressors.learned import split_learned
+from fxsplit.costs import Value
 from fxsplit.errors import CompressorError
-from fxsplit.planning.budget import Budget
+from fxsplit.planning.bounds import FloatArray, HopBound, Work
 from fxsplit.planning.devices import CLIENT, Placement
 from fxsplit.planning.limits import excess_of_count, excess_of_time, limits_by_position
-from fxsplit.planning.predict import BACKWARD_COST, FloatArray, Link, pipelined, seconds_per_mac
+from fxsplit.planning.problem import Option, Problem
+from fxsplit.planning.profile import PACKET_S
 from fxsplit.planning.stages import Codecs
 
 IntArray = NDArray[np.int64]
 Intervals = dict[int, tuple[IntArray, IntArray]]
 """For each axis, per use of a value, the bounds of the cut's position: above the first, up to the second."""
 
+_Number = TypeVar("_Number", np.int64, np.float64)
+
+Pair = tuple[int, int]
+"""A stage that sends and one that receives; one past the last stage receives the model's outputs."""
+
 _TOO_MANY_BYTES = 2**50
 _ANYWHERE = np.iinfo(np.int64).max
-_COLUMNS = _WIRE, _GRADIENT, _RAW, _EDGES, _GRADIENTS = range(5)  # what is summed over the edges
-
-
-@dataclass(frozen=True)
-class Problem:
-    """All that a choice of cuts is judged by."""
-
-    costs: CostTable
-    placements: tuple[Placement, ...]
-    codecs: Codecs
-    link: Link
-    chunks: int
-    budget: Budget
-
-    @cached_property
-    def positions(self) -> tuple[int, ...]:
-        """The node indices at which a stage may begin, ascending."""
-        return tuple(sorted({index for index in self.costs.cut_points.values() if index > 0}))
+FIXED = EDGES, GRADIENTS, RAW, CODED, CODED_RAW = range(5)  # then the bytes by codec, there and back
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a lattice of candidates is worth.
+    """What a lattice of candidates is worth at best.
 
     Attributes:
-        step_s: predicted seconds of a training step; infinite where the cuts are not ascending.
-        excess: largest relative violation of the budget; at most 0 where it is satisfied.
+        bound: no more than the objective of any plan with these cuts; infinite where they are not ascending.
+        excess: no more than the largest relative violation of the budget; at most 0 where it may be satisfied.
     """
 
-    step_s: FloatArray
+    bound: FloatArray
     excess: FloatArray
-
-    def best(self) -> tuple[int, ...]:
-        """The cell with the least time that satisfies the budget; if none does, with the least violation."""
-        satisfied = self.excess <= 0
-        if satisfied.any():
-            flat = np.where(satisfied, self.step_s, np.inf).argmin()
-        else:
-            nearest = self.excess.min()
-            flat = np.where(self.excess == nearest, self.step_s, np.inf).argmin()
-        return tuple(int(index) for index in np.unravel_index(flat, self.step_s.shape))
-
-    def key(self, cell: tuple[int, ...]) -> tuple[float, float]:
-        """What a cell is compared by: violation first, then time."""
-        return max(float(self.excess[cell]), 0.0), float(self.step_s[cell])
 
 
 @dataclass(frozen=True)
-class _Uses:
+class Uses:
     """The uses of values by nodes (or by the output), a row each.
 
     Attributes:
@@ -97,117 +76,148 @@ class _Uses:
     weights: IntArray
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[int, ...]]) -> _Uses:
+    def of(cls, rows: Sequence[tuple[int, ...]], columns: int) -> Uses:
         """From rows of made, after, used and the columns."""
-        table = np.array(rows, np.int64).reshape(-1, 3 + len(_COLUMNS))
+        table = np.array(rows, np.int64).reshape(len(rows), -1) if rows else np.zeros((0, 3 + columns), np.int64)
         return cls(table[:, 0], table[:, 1], table[:, 2], table[:, 3:])
 
-    def separable(self, positions: IntArray) -> _Uses:
+    def separable(self, positions: IntArray) -> Uses:
         """Those that some cut can separate from the use before; the others make no edge of their own."""
         rows = np.searchsorted(positions, self.after, "right") < np.searchsorted(positions, self.used, "right")
-        return _Uses(self.made[rows], self.after[rows], self.used[rows], self.weights[rows])
-
-
-class _Traffic:
-    """What crosses between workers in each cell.
-
-    Attributes:
-        sent: bytes on the wire from one worker to another.
-        received: uncompressed bytes that a stage gets.
-        over: the sums of the edges that cross a cut, one entry for each two stages they join.
-        messages: number of messages in both directions.
-    """
-
-    def __init__(self, workers: Sequence[str], dims: int) -> None:
-        self._ends = (
-            *workers,
-            CLIENT,
-            CLIENT,
-        )  # the output is the stage after the last, the input is stage -1
-        self._none = np.zeros((1,) * dims, np.int64)
-        self.sent: dict[tuple[str, str], IntArray] = defaultdict(lambda: self._none)
-        self.received: dict[int, IntArray] = defaultdict(lambda: self._none)
-        self.over: dict[int, list[IntArray]] = defaultdict(list)
-        self.messages = self._none
-
-    def add(self, source: int, target: int, sums: IntArray) -> None:
-        """Add the edges from one stage to another."""
-        maker, user = self._ends[source], self._ends[target]
-        self.sent[maker, user] = self.sent[maker, user] + sums[_WIRE]
-        self.sent[user, maker] = self.sent[user, maker] + sums[_GRADIENT]
-        self.received[target] = self.received[target] + sums[_RAW]
-        self.messages = self.messages + (sums[_EDGES] > 0) + (sums[_GRADIENTS] > 0)
-        last = len(self._ends) - 3
-        for cut in range(max(source + 1, 1), min(target, last) + 1):
-            self.over[cut].append(sums)
+        return Uses(self.made[rows], self.after[rows], self.used[rows], self.weights[rows])
 
 
 class Lattice:
-    """Scores candidates of one problem."""
+    """Scores candidates of one option: stages on given devices, with a given number of micro-batches."""
 
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self._workers = [placement.worker for placement in problem.placements]
+    def __init__(self, problem: Problem, option: Option, uses: tuple[Uses, Uses, Uses]) -> None:
+        self._problem, self._option = problem, option
+        self._workers = [placement.worker for placement in option.placements]
         nodes = problem.costs.nodes
-        self._macs = _prefix([node.forward_macs for node in nodes])
-        # As in `Part.memory_bytes`: weights, their gradients, and every node's output.
-        self._memory = _prefix([2 * node.parameter_bytes + node.output_bytes for node in nodes])
-        self._between, self._inputs, self._outputs = _uses_of(problem)
+        self._macs = prefix([node.forward_macs for node in nodes])
+        self._static = prefix([node.parameter_bytes + node.trainable_bytes for node in nodes])
+        self._saved = prefix([node.saved_bytes for node in nodes])
+        prefixes = {p: problem.prefixes(p, option.chunks) for p in option.placements}
+        self._forward = {p: both[0] for p, both in prefixes.items()}
+        self._backward = {p: both[1] for p, both in prefixes.items()}
+        self._between, self._inputs, self._outputs = uses
         self._cut_limits = limits_by_position(problem.costs, problem.budget)
 
     def score(self, axes: Sequence[IntArray]) -> Scores:
         """The scores of all choices of one position from each axis; the axes are ascending and not empty."""
-        shape, dims = tuple(len(axis) for axis in axes), len(axes)
-        traffic = _Traffic(self._workers, dims)
-        for source, target, sums in self._flows(axes):
-            traffic.add(source, target, sums)
-        step_s = self._step_s(axes, traffic)
-        excess = np.full(shape, -1.0)
-        for line in self._excesses(axes, traffic):
-            np.maximum(excess, line, out=excess)
-        if self._problem.budget.step_time_s is not None:
-            np.maximum(excess, excess_of_time(step_s, self._problem.budget.step_time_s), out=excess)
+        dims = len(axes)
+        flows = list(self._flows(axes))
+        codecs = [
+            (_Least(self._problem.forward[cut]), _Least(self._problem.backward[cut])) for cut in self._option.cuts
+        ]
+        scores = self._score(axes, flows, codecs)
+        shape = tuple(len(axis) for axis in axes)
+        bound, excess = (np.broadcast_to(a, shape).astype(np.float64) for a in (scores.bound, scores.excess))
         for first, second in pairwise(range(dims)):
             unordered = _along(axes[first], first, dims) >= _along(axes[second], second, dims)
-            step_s, excess = np.where(unordered, np.inf, step_s), np.where(unordered, np.inf, excess)
-        return Scores(step_s, excess)
+            bound, excess = np.where(unordered, np.inf, bound), np.where(unordered, np.inf, excess)
+        return Scores(bound, excess)
 
-    def _step_s(self, axes: Sequence[IntArray], traffic: _Traffic) -> FloatArray:
-        """The prediction of `predicted_step_s`."""
-        problem = self._problem
-        devices: dict[str, FloatArray] = {}
-        for stage, placement in enumerate(problem.placements):
-            device, macs = placement.spelling, self._between_cuts(self._macs, stage, axes)
-            seconds = macs.astype(np.float64) * (seconds_per_mac(placement) * (1.0 + BACKWARD_COST))
-            devices[device] = devices.get(device, 0.0) + seconds
-        links = [count / problem.link.bytes_per_s for count in traffic.sent.values()]
-        total, busiest = (np.zeros([len(axis) for axis in axes]) for _ in range(2))
-        for seconds in (*devices.values(), *links):
-            total += seconds
-            np.maximum(busiest, seconds, out=busiest)
-        latency = traffic.messages.astype(np.float64) * problem.link.latency_s
-        return pipelined(total, busiest, latency, problem.chunks)
+    def score_codecs(self, positions: Sequence[int]) -> Scores:
+        """The scores of all choices of codecs at given cuts: an axis a cut there, then an axis a cut back."""
+        dims = len(positions)
+        axes = [np.array([position]) for position in positions]
+        flows = [(s, t, sums.reshape(len(sums), *(1,) * (2 * dims))) for s, t, sums in self._flows(axes)]
+        codecs = [
+            (_Laid(self._problem.forward[cut], axis), _Laid(self._problem.backward[cut], dims + axis))
+            for axis, cut in enumerate(self._option.cuts)
+        ]
+        wide = [axis.reshape((1,) * 2 * dims) for axis in axes]
+        scores = self._score(wide, flows, codecs)
+        cuts = self._option.cuts
+        shape = [len(self._problem.forward[c]) for c in cuts] + [len(self._problem.backward[c]) for c in cuts]
+        return Scores(*(np.broadcast_to(a, shape).astype(np.float64) for a in (scores.bound, scores.excess)))
 
-    def _excesses(self, axes: Sequence[IntArray], traffic: _Traffic) -> Iterator[FloatArray]:
+    def _score(
+        self, axes: Sequence[IntArray], flows: Sequence[tuple[int, int, IntArray]], codecs: _Codecs
+    ) -> Scores:
+        problem, option = self._problem, self._option
+        stages = len(option.placements)
+        there, back = dict[Pair, HopBound](), dict[Pair, HopBound]()
+        bytes_there, bytes_back = dict[Pair, IntArray](), dict[Pair, IntArray]()
+        for source, target, sums in flows:
+            wires = [sums[len(FIXED) + i] for i in range(len(problem.codecs_there))]
+            grads = [sums[len(FIXED) + len(wires) + i] for i in range(len(problem.codecs_back))]
+            if target == stages:  # the client gets outputs as they are
+                bytes_there[source, target], bytes_back[source, target] = wires[0], grads[0]
+                continue
+            choose, choose_back = codecs[target - 1]
+            pair = source, target
+            bytes_there[pair], bytes_back[pair] = choose(wires), choose_back(grads)
+            ends = option.placements[max(source, 0)], option.placements[target]
+            hops = [
+                hop_seconds(problem, option.chunks, sums, EDGES, w, c, *ends)
+                for w, c in zip(wires, problem.codecs_there, strict=True)
+            ]
+            rows = [
+                hop_seconds(problem, option.chunks, sums, GRADIENTS, w, c, ends[1], ends[0])
+                for w, c in zip(grads, problem.codecs_back, strict=True)
+            ]
+            _add(there, (max(source, 0), target), hops, choose)
+            _add(back, (max(source, 0), target), rows, choose_back)
+        work = Work(
+            self._workers,
+            [self._between_cuts(self._forward[p], s, axes) for s, p in enumerate(option.placements)],
+            [self._between_cuts(self._backward[p], s, axes) for s, p in enumerate(option.placements)],
+            there,
+            back,
+        )
+        seconds = work.bound(option.chunks, problem.rules, problem.objective)
+        excess = np.array(-1.0)
+        received: dict[int, IntArray] = defaultdict(lambda: np.zeros((), np.int64))
+        for _, target, sums in flows:
+            received[target] = received[target] + sums[RAW]
+        for line in self._excesses(axes, received, bytes_there, bytes_back):
+            excess = np.maximum(excess, line)
+        if problem.budget.step_time_s is not None:
+            excess = np.maximum(excess, excess_of_time(seconds, problem.budget.step_time_s))
+        return Scores(seconds * problem.objective.price_per_s(p.spelling for p in option.placements), excess)
+
+    def _excesses(
+        self,
+        axes: Sequence[IntArray],
+        received: dict[int, IntArray],
+        there: dict[Pair, IntArray],
+        back: dict[Pair, IntArray],
+    ) -> Iterator[FloatArray]:
         """The relative violation of each line of the budget but the step time."""
-        budget, dims = self._problem.budget, len(axes)
-        none = np.zeros((1,) * dims, np.int64)
+        problem, placements = self._problem, self._option.placements
+        budget, chunks, none = problem.budget, self._option.chunks, np.zeros((), np.int64)
         macs: dict[str, IntArray] = defaultdict(lambda: none)
-        memory: dict[str, IntArray] = defaultdict(lambda: none)
-        for stage, placement in enumerate(self._problem.placements):
-            device, kept = placement.spelling, self._between_cuts(self._memory, stage, axes)
+        static: dict[str, IntArray] = defaultdict(lambda: none)
+        live: dict[str, IntArray] = defaultdict(lambda: none)
+        for stage, placement in enumerate(placements):
+            device, kept = placement.spelling, self._between_cuts(self._saved, stage, axes) + received[stage]
             macs[device] = macs[device] + self._between_cuts(self._macs, stage, axes)
-            memory[device] = memory[device] + kept + traffic.received[stage]
+            static[device] = static[device] + self._between_cuts(self._static, stage, axes)
+            if problem.objective.is_training and problem.rules.has_phases:
+                live[device] = live[device] + kept
+            else:  # at least one micro-batch, in every stage
+                live[device] = live[device] + kept // chunks
+        sent: dict[tuple[str, str], IntArray] = defaultdict(lambda: none)
+        ends = (*self._workers, CLIENT, CLIENT)  # the output is the stage after the last, the input is stage -1
+        for (source, target), count in there.items():
+            sent[ends[source], ends[target]] = sent[ends[source], ends[target]] + count
+            sent[ends[target], ends[source]] = sent[ends[target], ends[source]] + back[source, target]
         limited = [(macs[device], budget.macs_limit(device)) for device in macs]
-        limited += [(memory[device], budget.memory_limit(device)) for device in memory]
-        limited += [(count, budget.link_limit) for count in traffic.sent.values()]
+        limited += [(static[device] + live[device], budget.memory_limit(device)) for device in macs]
+        limited += [(count, budget.link_limit) for count in sent.values()]
         for count, limit in limited:
             if limit is not None:
-                yield excess_of_count(count.astype(np.float64), limit)
-        for cut, flows in traffic.over.items() if self._cut_limits else ():
-            busier = np.maximum(sum(flow[_WIRE] for flow in flows), sum(flow[_GRADIENT] for flow in flows))
-            limits = np.array([self._cut_limits.get(int(position), -1) for position in axes[cut - 1]])
-            allowed = _along(limits, cut - 1, dims)
+                yield excess_of_count(np.asarray(count, np.float64), limit)
+        for cut in range(1, len(placements)) if self._cut_limits else ():
+            over = [pair for pair in there if pair[0] < cut <= pair[1]]
+            forward: IntArray = sum((there[pair] for pair in over), none)
+            backward: IntArray = sum((back[pair] for pair in over), none)
+            limits = np.array([self._cut_limits.get(int(p), -1) for p in axes[cut - 1].ravel()])
+            dims = axes[0].ndim if axes[0].ndim > 1 else len(axes)
+            allowed = _along(limits, cut - 1, dims) if axes[0].ndim == 1 else limits.reshape((1,) * dims)
+            busier = np.maximum(forward, backward)
             yield np.where(allowed < 0, -1.0, (busier - allowed) / np.maximum(allowed, 1))
 
     def _flows(self, axes: Sequence[IntArray]) -> Iterator[tuple[int, int, IntArray]]:
@@ -227,49 +237,138 @@ class Lattice:
                 intervals = _maker_in(self._outputs, source, stages)
                 yield source, stages, _sums(axes, intervals, self._outputs.weights)
 
-    def _between_cuts(self, prefix: IntArray, stage: int, axes: Sequence[IntArray]) -> IntArray:
+    def _between_cuts(self, sums: NDArray[_Number], stage: int, axes: Sequence[IntArray]) -> NDArray[_Number]:
         """The sum over the nodes of a stage, from sums over all nodes before each."""
+        if axes and axes[0].ndim > 1:
+            end = sums[axes[stage]] if stage < len(axes) else sums[-1]
+            return end - (sums[axes[stage - 1]] if stage > 0 else sums[0])
         dims = len(axes)
-        end = _along(prefix[axes[stage]] if stage < dims else prefix[-1:], stage, dims)
-        start = _along(prefix[axes[stage - 1]] if stage > 0 else prefix[:1], stage - 1, dims)
+        end = _along(sums[axes[stage]] if stage < dims else sums[-1:], stage, dims)
+        start = _along(sums[axes[stage - 1]] if stage > 0 else sums[:1], stage - 1, dims)
         return end - start
 
 
-def _prefix(counts: Sequence[int]) -> IntArray:
+_Hop = tuple[FloatArray, FloatArray, FloatArray, FloatArray]
+
+
+@dataclass(frozen=True)
+class _Least:
+    """The least over the codecs that may be chosen."""
+
+    allowed: tuple[int, ...]
+
+    def __call__(self, arrays: Sequence[NDArray[_Number]]) -> NDArray[_Number]:
+        return reduce(np.minimum, [arrays[codec] for codec in self.allowed])
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """The codecs that may be chosen, laid along an axis of their own."""
+
+    allowed: tuple[int, ...]
+    axis: int
+
+    def __call__(self, arrays: Sequence[NDArray[_Number]]) -> NDArray[_Number]:
+        return np.concatenate([arrays[codec] for codec in self.allowed], self.axis)
+
+
+_Choice = _Least | _Laid
+_Codecs = Sequence[tuple[_Choice, _Choice]]
+
+
+def hop_seconds(
+    problem: Problem,
+    chunks: int,
+    sums: IntArray,
+    count: int,
+    wire: IntArray,
+    codec: Compressor,
+    sender: Placement,
+    receiver: Placement,
+) -> _Hop:
+    """Encoder, link, decoder and latency for one micro-batch with one codec."""
+    profile, link = problem.profile, problem.link
+    fixed = PACKET_S * sums[count]
+    is_sent = sums[count] > 0
+    encode, decode = fixed, np.zeros_like(fixed)
+    rest = split_learned(codec)[1]
+    if not isinstance(codec, Lossless):
+        there, here = profile.codec(rest, sender.device_type), profile.codec(rest, receiver.device_type)
+        raw = sums[CODED_RAW] / chunks
+        encode = encode + there.call_s * sums[CODED] + there.encode_s_per_byte * raw
+        decode = here.call_s * sums[CODED] + here.decode_s_per_byte * raw
+    return encode, wire / chunks / link.bytes_per_s, decode, link.latency_s * is_sent
+
+
+def _add(hops: dict[Pair, HopBound], pair: Pair, by_codec: Sequence[_Hop], choose: _Choice) -> None:
+    """Adds a hop, with the least of each of its times over the codecs that may be chosen."""
+    encode, wire, decode = (choose([hop[i] for hop in by_codec]) for i in range(3))
+    total = choose([e + w + d for e, w, d, _ in by_codec])
+    latency = by_codec[0][3]
+    known = hops.get(pair)
+    if known is not None:  # the model's inputs go with what the first stage makes; a latency is paid once
+        total, latency = known.total + total, np.maximum(known.latency, latency)
+        encode, wire, decode = known.encode + encode, known.wire + wire, known.decode + decode
+    hops[pair] = HopBound(total, latency, encode, wire, decode)
+
+
+def prefix_s(seconds: Sequence[float]) -> FloatArray:
+    """Sums of all seconds before each index."""
+    return np.concatenate([[0.0], np.cumsum(np.array(seconds, np.float64))])
+
+
+def prefix(counts: Sequence[int]) -> IntArray:
     """Sums of all counts before each index."""
     return np.concatenate([[0], np.cumsum(np.array(counts, np.int64))]).astype(np.int64)
 
 
-def _along(values: NDArray[np.int64], axis: int, dims: int) -> IntArray:
+def _along(values: NDArray[_Number], axis: int, dims: int) -> NDArray[_Number]:
     """A row of values laid along one axis of a lattice; a single one fits anywhere."""
     return values.reshape([-1 if dim == axis else 1 for dim in range(dims)])
 
 
-def _uses_of(problem: Problem) -> tuple[_Uses, _Uses, _Uses]:
+def uses_of(problem: Problem) -> tuple[Uses, Uses, Uses]:
     """The uses of nodes' values by nodes, of inputs by nodes, and of nodes' values by the output."""
-    workers = ("one", "other")  # whichever: an edge between two workers costs the same between any two
-    rows: dict[tuple[int, int], list[tuple[int, ...]]] = {(0, 1): [], (-1, 1): [], (1, 2): []}
+    rows: dict[Pair, list[tuple[int, ...]]] = {(0, 1): [], (-1, 1): [], (1, 2): []}
+    nodes, end = problem.costs.nodes, len(problem.costs)
     for value in problem.costs.values:
         after = value.producer
+        is_free = after >= 0 and nodes[after].is_repeatable and not value.is_activation
         for used in value.consumers:
-            is_output = used >= len(problem.costs)
-            kind = (1, 2) if is_output else (-1, 1) if value.producer < 0 else (0, 1)
-            try:
-                edge = problem.codecs.edge(value, *kind, workers)
-                wire, gradient = edge.wire_bytes, edge.gradient_wire_bytes
-            except CompressorError:  # a cut that it would cross is taken last, and then refused by name
-                wire = gradient = _TOO_MANY_BYTES
-            columns = (wire, gradient, value.nbytes, 1, gradient > 0)
+            kind = (1, 2) if used >= end else (-1, 1) if value.producer < 0 else (0, 1)
+            if used < end and (is_free or value.name in nodes[used].layout_inputs):
+                continue
             # An input that is an output needs no edge: both are the client's.
-            if not is_output or value.producer >= 0:
-                rows[kind].append((value.producer, after, used, *columns))
+            if used < end or value.producer >= 0:
+                rows[kind].append((value.producer, after, used, *columns_of(problem, value, kind)))
             after = used
     positions = np.array(problem.positions, np.int64)
-    between, inputs, outputs = (_Uses.of(uses) for uses in rows.values())
+    width = len(FIXED) + len(problem.codecs_there) + len(problem.codecs_back)
+    between, inputs, outputs = (Uses.of(uses, width) for uses in rows.values())
     return between.separable(positions), inputs.separable(positions), outputs
 
 
-def _maker_in(uses: _Uses, stage: int, stages: int) -> Intervals:
+def columns_of(problem: Problem, value: Value, kind: Pair) -> tuple[int, ...]:
+    """What an edge for a use adds to the sums."""
+    workers = ("one", "other")  # whichever: an edge between two workers costs the same between any two
+    wires, gradients = list[int](), list[int]()
+    is_coded = value.is_compressible and kind == (0, 1)
+    first_there, first_back = problem.codecs_there[0], problem.codecs_back[0]
+    for pairs, found in (
+        ([(codec, first_back) for codec in problem.codecs_there], wires),
+        ([(first_there, codec) for codec in problem.codecs_back], gradients),
+    ):
+        for pair in pairs:
+            try:
+                edge = Codecs((pair[0],), (pair[1],)).edge(value, *kind, workers)
+                found.append(edge.wire_bytes if found is wires else edge.gradient_wire_bytes)
+            except CompressorError:  # a cut that it would cross is taken last, and then refused by name
+                found.append(_TOO_MANY_BYTES)
+    coded = (int(is_coded), value.nbytes if is_coded else 0)
+    return (1, int(value.is_compressible), value.nbytes, *coded, *wires, *gradients)
+
+
+def _maker_in(uses: Uses, stage: int, stages: int) -> Intervals:
     """Where the cuts must be for the value to be made in a stage."""
     intervals: Intervals = {}
     if stage > 0:
@@ -279,7 +378,7 @@ def _maker_in(uses: _Uses, stage: int, stages: int) -> Intervals:
     return intervals
 
 
-def _user_in(uses: _Uses, stage: int, stages: int) -> Intervals:
+def _user_in(uses: Uses, stage: int, stages: int) -> Intervals:
     """Where the cuts must be for this use to be the first of its value in a stage."""
     intervals: Intervals = {stage - 1: (uses.after, uses.used)}
     if stage < stages - 1:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from fxsplit.costs import CostTable
 from fxsplit.errors import BudgetError
 from fxsplit.planning.budget import Budget
-from fxsplit.planning.plan import Plan
+from fxsplit.planning.draft import Draft
+from fxsplit.planning.parts import edges_across
 from fxsplit.planning.predict import link_bytes
 from fxsplit.planning.units import format_bytes, format_macs, format_seconds
 
@@ -61,8 +62,8 @@ def limits_by_position(costs: CostTable, budget: Budget) -> dict[int, int]:
     return limits
 
 
-def violations(plan: Plan, costs: CostTable, budget: Budget) -> tuple[Violation, ...]:
-    """The lines of the budget that the plan breaks, the worst first."""
+def violations(draft: Draft, costs: CostTable, budget: Budget) -> tuple[Violation, ...]:
+    """The lines of the budget that a draft breaks, the worst first."""
     found: list[Violation] = []
 
     def check(line: str, amount: int, limit: int | None, show: Callable[[float], str]) -> None:
@@ -71,30 +72,31 @@ def violations(plan: Plan, costs: CostTable, budget: Budget) -> tuple[Violation,
 
     macs: dict[str, int] = defaultdict(int)
     memory: dict[str, int] = defaultdict(int)
-    for part in plan.parts:
+    for part in draft.parts:
         macs[part.device] += part.macs
         memory[part.device] += part.memory_bytes
     for device in macs:
         check(f"macs of {device}", macs[device], budget.macs_limit(device), format_macs)
         check(f"memory of {device}", memory[device], budget.memory_limit(device), format_bytes)
-    for (sender, receiver), count in link_bytes(plan.edges, plan.workers).items():
+    for (sender, receiver), count in link_bytes(draft.edges, draft.workers).items():
         check(f"link_bytes from {sender} to {receiver}", count, budget.link_limit, format_bytes)
-    cut_limits = limits_by_position(costs, budget)
-    for cut in plan.cuts:
-        busier = max(cut.wire_bytes, cut.gradient_wire_bytes)
-        limit = cut_limits.get(costs.cut_points[cut.name])
-        check(f"link_bytes over the cut {cut.name}", busier, limit, format_bytes)
+    cut_limits = limits_by_position(costs, budget) if budget.cut_limits else {}
+    for stage, (name, position) in enumerate(zip(draft.names, draft.positions, strict=True), 1):
+        if position in cut_limits:
+            over = edges_across(stage, draft.edges, draft.workers)
+            busier = max(sum(e.wire_bytes for e in over), sum(e.gradient_wire_bytes for e in over))
+            check(f"link_bytes over the cut {name}", busier, cut_limits[position], format_bytes)
     allowed = budget.step_time_s
-    if allowed is not None and (excess := excess_of_time(plan.predicted_step_s, allowed)) > 0:
-        found.append(Violation("step_time", plan.predicted_step_s, allowed, excess, format_seconds))
+    if allowed is not None and (excess := excess_of_time(draft.outcome.seconds, allowed)) > 0:
+        found.append(Violation("step_time", draft.outcome.seconds, allowed, excess, format_seconds))
     return tuple(sorted(found, key=lambda violation: -violation.excess))
 
 
-def check_budget(plan: Plan, costs: CostTable, budget: Budget, *, searched: bool) -> None:
+def check_budget(draft: Draft, costs: CostTable, budget: Budget, *, searched: bool) -> None:
     """Check a plan against the budget.
 
     Args:
-        plan: the plan with the cuts that were given, or, if no plan satisfies, the one that comes nearest.
+        draft: the plan with the cuts that were given, or, if no plan satisfies, the one that comes nearest.
         costs: the table it was made from.
         budget: its limits.
         searched: whether the cuts were chosen here.
@@ -102,17 +104,20 @@ def check_budget(plan: Plan, costs: CostTable, budget: Budget, *, searched: bool
     Raises:
         BudgetError: naming the line that is missed by most, what was found and what is allowed.
     """
-    broken = violations(plan, costs, budget)
+    broken = violations(draft, costs, budget)
     if not broken:
         return
     worst = broken[0]
     missed = f"{worst.show(worst.found - worst.allowed)} ({100 * worst.excess:.3g} %)"
     subject = "no plan satisfies the budget" if searched else "the plan breaks the budget"
-    cuts = ", ".join(plan.cut_names) or "none"
+    cuts = ", ".join(draft.names) or "none"
+    codecs = dict.fromkeys(str(c) for c in (*draft.codecs.forward, *draft.codecs.backward)) if draft.names else {}
+    nearest_plan = f"on {', '.join(p.spelling for p in draft.placements)}, cuts: {cuts}, chunks: {draft.chunks}"
+    nearest_plan += f", compressors: {', '.join(codecs)}" if codecs else ""
     others = f"; also broken: {', '.join(violation.line for violation in broken[1:])}" if broken[1:] else ""
     raise BudgetError(
         f"{subject}: {worst.line} is missed by {missed}{others}",
-        where=f"{'nearest plan, ' if searched else ''}cuts: {cuts}",
+        where=f"nearest plan {nearest_plan}" if searched else f"cuts: {cuts}",
         found=worst.show(worst.found),
         allowed=worst.show(worst.allowed),
         hint="allow more there, compress more, use other devices, or other cuts",

@@ -28,10 +28,11 @@ class Part:
         modules: the outermost modules that are wholly inside, in execution order.
         macs: forward multiply-accumulate operations.
         parameter_bytes: bytes of its parameters and buffers.
-        memory_bytes: an estimate: its parameters twice (weights and gradients), the output of each of its
-            nodes (kept for the backward), and what it receives from other workers. No optimizer state.
-        forward_s: predicted seconds of its forward.
-        step_s: predicted seconds of its forward and backward.
+        memory_bytes: an estimate: its parameters and buffers, gradients, and for as many micro-batches as the
+            schedule lets it keep, what its nodes save for their backwards and what it receives from other
+            workers. No optimizer state.
+        forward_s: predicted seconds of its forwards of all micro-batches.
+        step_s: predicted seconds of their forwards and backwards.
     """
 
     stage: int

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
+from fxsplit.compressors import Compressor
 from fxsplit.compressors.registry import Asked, spelling_of
 from fxsplit.costs import CostTable
 from fxsplit.errors import BudgetError, PlanError, nearest
 from fxsplit.planning.budget import Budget
-from fxsplit.planning.devices import parse_devices
-from fxsplit.planning.lattice import Problem
+from fxsplit.planning.devices import Placement, parse_devices
+from fxsplit.planning.guard import Guard
 from fxsplit.planning.limits import check_budget
+from fxsplit.planning.long_search import LongSearch
 from fxsplit.planning.parts import Cut, edges_across
 from fxsplit.planning.plan import SCHEDULES, Plan
-from fxsplit.planning.predict import MACS_PER_S, Link, lower_bound_s, predicted_step_s
-from fxsplit.planning.recompute import least_needs
-from fxsplit.planning.search import best_cuts
-from fxsplit.planning.stages import AUTO, Codecs, Stages
+from fxsplit.planning.predict import OBJECTIVES, Link, Objective
+from fxsplit.planning.problem import Problem
+from fxsplit.planning.profile import MACS_PER_S, Profile
+from fxsplit.planning.search import EXACT_CELLS, Choice, Search
+from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.planning.units import format_bytes, format_macs, format_seconds
+
+CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""The numbers of micro-batches that `chunks="auto"` chooses from, as far as there are samples."""
+
+GIVEN = "given"
+"""Every device of the list gets a stage."""
 
 
 def plan(
@@ -28,9 +38,14 @@ def plan(
     cuts: Sequence[str] | None = None,
     compressor: Asked = None,
     gradient_compressor: Asked = AUTO,
-    chunks: int = 1,
+    chunks: int | str = 1,
     schedule: str = "gpipe",
     budget: Budget | None = None,
+    placement: str = GIVEN,
+    objective: str = "step",
+    price: dict[str, float] | None = None,
+    guard: Guard | None = None,
+    profile: Profile | None = None,
 ) -> Plan:
     """Place the stages of a model on devices.
 
@@ -38,18 +53,24 @@ def plan(
         costs: what the model costs, for one batch.
         devices: the device of each stage, the client's first: 'cpu', 'cuda:0', 'worker/cuda:0'.
         cuts: names of the modules at whose first call a new stage begins, one fewer than devices, in any
-            order; None chooses those with the least predicted step time (see `fxsplit.planning.predict`).
+            order; None chooses the best (see `fxsplit.planning.predict`).
         compressor: what compresses the activations between workers, one for all cuts or a list of one for each;
-            None is none.
+            None is none; 'auto' chooses for each cut what is fastest of what the guard allows.
         gradient_compressor: what compresses their gradients; 'auto' is what the activations' compressor wants
-            for gradients, 'same' is the same, None is none.
-        chunks: micro-batches of a batch.
+            for gradients, or is chosen if that is, 'same' is the same, None is none.
+        chunks: micro-batches of a batch; 'auto' chooses.
         schedule: name of the pipeline schedule.
         budget: limits of the plan, and assumptions about the links.
+        placement: 'given', every device of the list gets a stage; or 'auto', all but the client's may be left out,
+            and the client may send the model's inputs as they are and compute nothing.
+        objective: what is minimised: 'step', seconds of a training step; 'latency', of an inference batch;
+            'throughput', of an inference batch in a steady stream of them; 'price', the price of a training step.
+        price: device as written -> price of an hour, for the objective 'price'.
+        guard: what `compressor='auto'` may choose from.
+        profile: measured speeds; what is not in it is estimated.
 
     Returns:
-        The plan. It is optimal for up to three stages (and 2,000 places to cut), and for longer chains with
-        few places to cut; otherwise it states how far from optimal it can be.
+        The plan. It is optimal if it says so; otherwise it states how far from optimal it can be.
 
     Raises:
         PlanError: cuts, devices, chunks and schedule do not fit the model or each other.
@@ -58,33 +79,70 @@ def plan(
         CompressorError: an unknown compressor.
     """
     placements = parse_devices(devices)
-    if schedule not in SCHEDULES:
-        raise PlanError("unknown schedule", found=repr(schedule), allowed=", ".join(SCHEDULES))
-    check_chunks(chunks)
+    check_choices(schedule, placement, objective)
     budget = Budget() if budget is None else budget
     if not isinstance(budget, Budget):
         raise BudgetError("budget is not a Budget", found=repr(budget), allowed="fxsplit.Budget(...)")
     budget.check_names(tuple(devices), costs.cut_points)
-    codecs = Codecs.of(compressor, gradient_compressor, len(placements) - 1)
-    if cuts is None and not codecs.are_equal:
-        raise PlanError(
-            "compressors that differ from cut to cut need cuts that are given",
-            found=spelling_of(codecs.forward),
-            hint="name the cuts, or one compressor for all of them",
-        )
-    problem = Problem(costs, placements, codecs, Link.of(budget), chunks, budget)
-    if cuts is None:
-        _check_places(problem)
-        positions, is_optimal = best_cuts(problem)
-        names = tuple(_outermost(costs, position) for position in positions)
-    else:
-        names = _ordered(costs, cuts, len(placements))
-        positions = tuple(costs.cut_points[name] for name in names)
-        is_optimal = not names  # a single stage leaves nothing to choose
-    note = _note(problem, given=cuts is not None)
-    found = _build(problem, schedule, names, positions, is_optimal, note)
-    check_budget(found, costs, budget, searched=cuts is None)
-    return found
+    names = None if cuts is None else _ordered(costs, cuts, len(placements))
+    there, back = _codecs(compressor, gradient_compressor, len(placements) - 1, guard or Guard())
+    problem = Problem(
+        costs,
+        placements,
+        there,
+        back,
+        Link.of(budget),
+        _chunks(chunks, costs.batch_size),
+        budget,
+        schedule,
+        _objective(objective, price, devices),
+        Profile() if profile is None else profile,
+        placement == AUTO and cuts is None,
+        None if names is None else tuple(costs.cut_points[name] for name in names),
+    )
+    _check_places(problem)
+    choice = (Search(problem) if problem.is_small(EXACT_CELLS) else LongSearch(problem)).run()
+    check_budget(choice.draft, costs, budget, searched=cuts is None)
+    if names:  # how good the given cuts are beside all others
+        free = replace(problem, given=None)
+        bound = Search(free).least_bound() if free.is_small(EXACT_CELLS) else 0.0
+        choice = Choice(choice.draft, min(bound, choice.draft.value), False)
+    return _built(problem, choice, names)
+
+
+def check_choices(schedule: str, placement: str, objective: str) -> None:
+    """Refuses names that are none.
+
+    Raises:
+        PlanError: always then, with those there are.
+    """
+    known = (("schedule", schedule, SCHEDULES), ("placement", placement, (GIVEN, AUTO)))
+    for what, found, allowed in (*known, ("objective", objective, OBJECTIVES)):
+        if found not in allowed:
+            raise PlanError(f"unknown {what}", found=repr(found), allowed=", ".join(allowed))
+
+
+def _objective(name: str, price: dict[str, float] | None, devices: Sequence[str]) -> Objective:
+    for device, per_h in (price or {}).items():
+        if device not in devices:
+            known = ", ".join(dict.fromkeys(devices))
+            raise PlanError("price names an unknown device", found=device, allowed=known)
+        if not isinstance(per_h, (int, float)) or isinstance(per_h, bool) or not 0 <= per_h < float("inf"):
+            raise PlanError(
+                "a price is not a number", where=device, found=repr(per_h), allowed="0 or more an hour"
+            )
+    if name == "price" and not any((price or {}).values()):
+        raise PlanError("the objective 'price' needs prices", hint="price={'cuda': 2.5}, for an hour")
+    return Objective(name, dict(price or {}))
+
+
+def _chunks(chunks: int | str, samples: int) -> tuple[int, ...]:
+    """The numbers of micro-batches to choose from."""
+    if chunks == AUTO:
+        return tuple(count for count in CHUNKS if count <= samples)
+    check_chunks(chunks)
+    assert isinstance(chunks, int)
+    return (chunks,)
 
 
 def check_chunks(chunks: object) -> None:
@@ -94,46 +152,51 @@ def check_chunks(chunks: object) -> None:
         PlanError: always then.
     """
     if not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1:
-        raise PlanError("chunks must count micro-batches", found=repr(chunks), allowed="an int, 1 or more")
+        raise PlanError(
+            "chunks must count micro-batches", found=repr(chunks), allowed="an int, 1 or more, or 'auto'"
+        )
 
 
-def _build(
-    problem: Problem,
-    schedule: str,
-    names: Sequence[str],
-    positions: tuple[int, ...],
-    is_optimal: bool,
-    note: str,
-) -> Plan:
-    """The plan with these cuts; its numbers come from its real parts and edges."""
-    costs, placements, codecs = problem.costs, problem.placements, problem.codecs
-    whole = Stages(costs, placements, positions)
-    needs = least_needs(costs, placements, whole.stage_of(), problem.link)
-    stages = Stages(costs, placements, positions, needs)
-    edges = stages.edges(codecs)
-    parts = stages.parts(edges)
+Choices = tuple[tuple[Compressor, ...], ...]
+
+
+def _codecs(forward: Asked, backward: Asked, cuts: int, guard: Guard) -> tuple[Choices, Choices]:
+    """For each cut, the compressors to choose from, there and back."""
+    if forward != AUTO:
+        found = Codecs.of(forward, backward, cuts)
+        return tuple((codec,) for codec in found.forward), tuple((codec,) for codec in found.backward)
+    there = (guard.allowed(),) * max(cuts, 1)
+    if backward == AUTO:
+        return there, (guard.allowed_for_gradients(),) * max(cuts, 1)
+    return there, tuple((codec,) for codec in Codecs.of(None, backward, cuts).backward)
+
+
+def _built(problem: Problem, choice: Choice, names: Sequence[str] | None) -> Plan:
+    """The plan of a choice."""
+    draft, costs = choice.draft, problem.costs
     cuts = tuple(
-        Cut(name, stage, edges_across(stage, edges, stages.workers)) for stage, name in enumerate(names, 1)
+        Cut(name, stage, edges_across(stage, draft.edges, draft.workers))
+        for stage, name in enumerate(draft.names if names is None else names, 1)
     )
-    step_s = predicted_step_s(parts, edges, stages.workers, problem.link, problem.chunks)
-    least_s = step_s if is_optimal else lower_bound_s(costs, placements, problem.positions, problem.chunks)
+    step_s = draft.outcome.seconds
+    ratio = choice.bound / draft.value if draft.value > 0 else 1.0
     return Plan(
         model=costs.model,
         fingerprint=costs.fingerprint,
         batch_size=costs.batch_size,
-        devices=tuple(placement.spelling for placement in placements),
+        devices=tuple(placement.spelling for placement in draft.placements),
         cuts=cuts,
-        parts=parts,
-        edges=edges,
-        chunks=problem.chunks,
-        schedule=schedule,
-        compressor=spelling_of(codecs.forward),
-        gradient_compressor=spelling_of(codecs.backward),
-        recomputed=tuple(need.recomputed for need in needs),
+        parts=draft.parts,
+        edges=draft.edges,
+        chunks=draft.chunks,
+        schedule=problem.schedule,
+        compressor=spelling_of(draft.codecs.forward if cuts else problem.there[0][:1]),
+        gradient_compressor=spelling_of(draft.codecs.backward if cuts else problem.back[0][:1]),
+        recomputed=tuple(need.recomputed for need in draft.needs),
         predicted_step_s=step_s,
-        lower_bound_s=min(least_s, step_s),
-        is_optimal=is_optimal,
-        note=note,
+        lower_bound_s=step_s if choice.is_optimal else min(ratio, 1.0) * step_s,
+        is_optimal=choice.is_optimal,
+        note=_note(problem, draft.placements, given=names is not None),
     )
 
 
@@ -162,7 +225,7 @@ def _ordered(costs: CostTable, cuts: Sequence[str], stages: int) -> tuple[str, .
 def _check_places(problem: Problem) -> None:
     """Check that there is a place for every cut."""
     places, stages = len(problem.positions), len(problem.placements)
-    if places < stages - 1:
+    if places < stages - 1 and not problem.leaves_out:
         raise PlanError(
             f"{problem.costs.model} has fewer places to cut than {stages} stages need",
             found=f"{stages} devices",
@@ -171,16 +234,16 @@ def _check_places(problem: Problem) -> None:
         )
 
 
-def _outermost(costs: CostTable, position: int) -> str:
-    """The name for a place to cut: of the modules that begin there, the outermost."""
-    names = [name for name, index in costs.cut_points.items() if index == position]
-    return min(names, key=lambda name: name.count("."))
-
-
-def _note(problem: Problem, *, given: bool) -> str:
+def _note(problem: Problem, placements: Sequence[Placement], *, given: bool) -> str:
     """How the plan came about and what it assumes."""
-    types = dict.fromkeys(placement.device_type for placement in problem.placements)
-    rates = ", ".join(f"{device_type} {format_macs(MACS_PER_S[device_type])} MACs/s" for device_type in types)
-    link = f"links {format_bytes(problem.link.bytes_per_s)}/s, {format_seconds(problem.link.latency_s)}"
-    origin = "cuts as given" if given else "cuts chosen"
-    return f"{origin}; assumed: {rates}; {link}; compressors take no time"
+    profile = problem.profile
+    measured = dict.fromkeys(p.spelling for p in placements if profile.is_measured(p))
+    types = dict.fromkeys(p.device_type for p in placements if not profile.is_measured(p))
+    rates = [f"{device_type} {format_macs(MACS_PER_S[device_type])} MACs/s" for device_type in types]
+    facts = ["cuts as given" if given else "cuts chosen"]
+    facts += [f"measured: {', '.join(measured)}"] if measured else []
+    facts += [f"estimated: {', '.join(rates)}"] if rates else []
+    facts += [f"links {format_bytes(problem.link.bytes_per_s)}/s, {format_seconds(problem.link.latency_s)}"]
+    if problem.objective.name != "step":
+        facts.append(f"objective: {problem.objective.name}")
+    return "; ".join(facts)

@@ -1,43 +1,28 @@
-"""Prediction of the time of a training step, from MACs, bytes and a few rates.
+"""Prediction of what a plan takes: its stages, codecs and links, in the simulation of its schedule.
 
-A batch is cut into m micro-batches that follow each other through stages and links (GPipe, Huang et al. 2019,
-arXiv:1811.06965). A resource is a device, with the forward and backward of all its stages, or one direction
-of the link between two workers, with all the bytes that go that way. A resource with T seconds of work for
-the batch has T/m for a micro-batch. One micro-batch passes all resources one after another; the other m - 1
-follow it at the pace of the busiest resource:
-
-    step = sum(T) / m + (m - 1) / m * max(T) + latency * messages
-
-A message is what one stage sends to another in one direction; its latency delays the micro-batch and does
-not occupy the link, so that it is paid once a step and not once a micro-batch. This is an approximation: it
-overlaps everything that can overlap, and takes parallel messages for consecutive ones.
-
-The rates below are round estimates for a laptop's core and a data centre's accelerator, not measurements.
+The times of a micro-batch go into `fxsplit.schedules.simulate`, the simulation by which steps are checked before
+they run. What the client feeds goes to a stage as if the first stage had made it: both are on the client. The
+model's outputs are in the bytes of the links, and in the time of inference; in a training step they are not, since
+the loss is made where the last stage is.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
-from fxsplit.costs import CostTable
+from fxsplit.compressors import compressor
+from fxsplit.compressors.learned import split_learned
 from fxsplit.planning.budget import Budget
 from fxsplit.planning.devices import CLIENT, Placement
-from fxsplit.planning.parts import Edge, Part, is_local
+from fxsplit.planning.parts import NO_COMPRESSOR, Edge, Part, is_local
+from fxsplit.planning.profile import PACKET_S, Profile
+from fxsplit.schedules import Action, Hop, Schedule, StageTimes, Times, simulate
 
-MACS_PER_S: Mapping[str, float] = {"cpu": 2.5e10, "cuda": 5e12, "mps": 1e12}
-"""Estimated multiply-accumulate operations per second, by type of device."""
-
-BACKWARD_COST = 2.0
-"""A backward takes this many forwards: a product for the inputs' gradients and one for the weights'."""
-
-FloatArray = NDArray[np.float64]
-Seconds = TypeVar("Seconds", float, FloatArray)
+OBJECTIVES = ("step", "latency", "throughput", "price")
+"""What a plan may be made for: seconds of a training step, of an inference batch, of a batch in a steady stream
+of inference batches, and the price of a training step."""
 
 
 @dataclass(frozen=True)
@@ -62,32 +47,134 @@ class Link:
         )
 
 
-def seconds_per_mac(placement: Placement) -> float:
-    """Estimated seconds of one forward MAC on a device."""
-    return 1.0 / MACS_PER_S[placement.device_type]
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised.
+
+    Attributes:
+        name: one of `OBJECTIVES`.
+        price_per_h: device as written -> what an hour of it costs; for the price.
+    """
+
+    name: str = "step"
+    price_per_h: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_training(self) -> bool:
+        """Whether there are backwards."""
+        return self.name in ("step", "price")
+
+    def price_per_s(self, devices: Iterable[str]) -> float:
+        """What a second of these devices costs; 1 where no price is asked for."""
+        if self.name != "price":
+            return 1.0
+        return sum(self.price_per_h.get(device, 0.0) for device in set(devices)) / 3600.0
 
 
-def pipelined(total: Seconds, busiest: Seconds, latency: Seconds, chunks: int) -> Seconds:
-    """Seconds of a step; `total` and `busiest` are the sum and the maximum of the resources' seconds."""
-    return (total + (chunks - 1) * busiest) / chunks + latency
+@dataclass(frozen=True)
+class Outcome:
+    """What is predicted of a plan.
+
+    Attributes:
+        seconds: of a training step, or of the forwards of a batch.
+        live: micro-batches that each stage keeps at one time, at most.
+    """
+
+    seconds: float
+    live: tuple[int, ...]
 
 
-def predicted_step_s(
-    parts: Iterable[Part], edges: Iterable[Edge], workers: tuple[str, ...], link: Link, chunks: int
-) -> float:
-    """Predicted seconds of a training step of one batch, without the time of the compressors."""
-    work: dict[object, float] = defaultdict(float)
-    for part in parts:
-        work[part.device] += part.step_s
-    messages = set()
-    for (sender, receiver), count in link_bytes(edges, workers).items():
-        work[sender, receiver] = count / link.bytes_per_s
+def times_of(
+    parts: Sequence[Part],
+    edges: Iterable[Edge],
+    placements: Sequence[Placement],
+    link: Link,
+    profile: Profile,
+    chunks: int,
+    *,
+    with_outputs: bool = False,
+) -> Times:
+    """Times of one micro-batch; with outputs, of one more stage: the client, which gets them and does nothing."""
+    workers = tuple(placement.worker for placement in placements)
+    stages = tuple(
+        StageTimes(
+            part.forward_s / chunks,
+            (part.step_s - part.forward_s) / 2 / chunks,
+            (part.step_s - part.forward_s) / 2 / chunks,
+        )
+        for part in parts
+    )
+    if with_outputs:
+        stages, placements = (*stages, StageTimes(0.0, 0.0, 0.0)), (*placements, placements[0])
+    forward: dict[tuple[int, int], Hop] = defaultdict(Hop)
+    backward: dict[tuple[int, int], Hop] = defaultdict(Hop)
     for edge in edges:
-        if not is_local(edge.source, edge.target, workers):
-            messages.add((edge.source, edge.target, "activation"))
-            if edge.gradient_wire_bytes:
-                messages.add((edge.source, edge.target, "gradient"))
-    return pipelined(sum(work.values()), max(work.values()), link.latency_s * len(messages), chunks)
+        if is_local(edge.source, edge.target, workers) or edge.target == len(stages):
+            continue
+        pair = max(edge.source, 0), edge.target
+        here, there = placements[pair[0]], placements[pair[1]]
+        add = (edge.raw_bytes, edge.wire_bytes, edge.compressor)
+        forward[pair] = _and(forward[pair], _hop(*add, here, there, link, profile, chunks))
+        if edge.gradient_wire_bytes:
+            back = (edge.raw_bytes, edge.gradient_wire_bytes, edge.gradient_compressor)
+            backward[pair] = _and(backward[pair], _hop(*back, there, here, link, profile, chunks))
+    return Times(stages, forward, backward)
+
+
+def _hop(
+    raw_bytes: int,
+    wire_bytes: int,
+    codec: str,
+    sender: Placement,
+    receiver: Placement,
+    link: Link,
+    profile: Profile,
+    chunks: int,
+) -> Hop:
+    encode_s, decode_s = PACKET_S, 0.0
+    if codec != NO_COMPRESSOR:
+        rest = split_learned(compressor(codec))[1]
+        there, here = profile.codec(rest, sender.device_type), profile.codec(rest, receiver.device_type)
+        encode_s += there.call_s + there.encode_s_per_byte * raw_bytes / chunks
+        decode_s += here.call_s + here.decode_s_per_byte * raw_bytes / chunks
+    return Hop(encode_s, wire_bytes / chunks / link.bytes_per_s, link.latency_s, decode_s)
+
+
+def _and(one: Hop, other: Hop) -> Hop:
+    """Both in one packet."""
+    return Hop(
+        one.encode_s + other.encode_s,
+        one.wire_s + other.wire_s,
+        max(one.latency_s, other.latency_s),
+        one.decode_s + other.decode_s,
+    )
+
+
+def outcome_of(
+    times: Times, workers: Sequence[str], chunks: int, schedule: Schedule, objective: Objective
+) -> Outcome:
+    """What the simulation says.
+
+    Raises:
+        PlanError: the schedule is not for these stages and micro-batches.
+    """
+    if objective.is_training:
+        timeline = simulate(schedule.orders(workers, chunks, times), workers, times)
+        return Outcome(timeline.step_s, timeline.live)
+    orders: dict[str, list[Action]] = {worker: [] for worker in workers}
+    for stage, worker in enumerate(workers):
+        orders[worker] += [Action(stage, m) for m in range(chunks)]
+    live = (1,) * len(workers)
+    if objective.name == "throughput":
+        busy: dict[object, float] = defaultdict(float)
+        for stage, worker in enumerate(workers):
+            busy[worker] += times.stages[stage].forward_s
+        for (source, target), hop in times.forward.items():
+            busy[workers[source], "encode"] += hop.encode_s
+            busy[workers[source], workers[target]] += hop.wire_s
+            busy[workers[target], "decode"] += hop.decode_s
+        return Outcome(chunks * max(busy.values()), live)
+    return Outcome(simulate(orders, workers, times).step_s, live)
 
 
 def link_bytes(edges: Iterable[Edge], workers: tuple[str, ...]) -> dict[tuple[str, str], int]:
@@ -100,27 +187,3 @@ def link_bytes(edges: Iterable[Edge], workers: tuple[str, ...]) -> dict[tuple[st
             sent[maker, user] += edge.wire_bytes
             sent[user, maker] += edge.gradient_wire_bytes
     return dict(sent)
-
-
-def lower_bound_s(
-    costs: CostTable, placements: Sequence[Placement], positions: Sequence[int], chunks: int
-) -> float:
-    """Seconds below which `predicted_step_s` cannot come with cuts at any of the ascending `positions`.
-
-    What is before the first position runs on the first device, what is after the last on the last device. No
-    other MAC is cheaper than on the fastest device, and the busiest device has no less than when all are busy
-    for equally long. Links are taken to be free.
-    """
-    macs = [(1.0 + BACKWARD_COST) * node.forward_macs for node in costs.nodes]
-    if len(placements) == 1:
-        ends = [(placements[0], sum(macs))]
-    else:
-        ends = [(placements[0], sum(macs[: positions[0]])), (placements[-1], sum(macs[positions[-1] :]))]
-    rates = {placement.spelling: 1.0 / seconds_per_mac(placement) for placement in placements}
-    fixed: dict[str, float] = defaultdict(float)
-    for placement, count in ends:
-        fixed[placement.spelling] += count * seconds_per_mac(placement)
-    movable = max(sum(macs) - sum(count for _, count in ends), 0.0)
-    total = sum(fixed.values()) + movable / max(rates.values())
-    busiest = max(*fixed.values(), sum(macs) / sum(rates.values()))
-    return pipelined(total, busiest, 0.0, chunks)

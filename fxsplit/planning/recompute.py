@@ -25,10 +25,8 @@ import networkx as nx
 
 from fxsplit.costs import CostTable, NodeCost, Value
 from fxsplit.planning.devices import CLIENT, Placement
-from fxsplit.planning.predict import Link, seconds_per_mac
-
-PACKET_S = 1e-4
-"""Estimated seconds to send one more value, without its bytes: to pack, post, receive and unpack it."""
+from fxsplit.planning.predict import Link
+from fxsplit.planning.profile import PACKET_S, seconds_per_mac
 
 OPERATION_S = 1e-5
 """Estimated seconds of one torch operation on a small tensor."""

@@ -1,112 +1,203 @@
-"""The choice of the cuts: every candidate where that is feasible, else a bounded search that says so."""
+"""The choice: candidates in the order of their lower bounds, simulated until none can be better."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from dataclasses import dataclass
 
 import numpy as np
 
-from fxsplit.planning.lattice import IntArray, Lattice, Problem
-from fxsplit.planning.predict import seconds_per_mac
+from fxsplit.errors import PlanError
+from fxsplit.planning.bounds import FloatArray
+from fxsplit.planning.draft import Draft
+from fxsplit.planning.lattice import IntArray, Lattice, uses_of
+from fxsplit.planning.limits import violations
+from fxsplit.planning.problem import Option, Problem
+from fxsplit.planning.stages import Codecs
 
 EXACT_CELLS = 4_000_000
-"""Above this many candidates the search is bounded."""
+"""Choices of cuts for one option that are bounded one by one."""
 
-BLOCK_CELLS = 250_000
-"""Candidates scored at a time: large enough for numpy, small enough for the cache."""
+MOST_DRAFTS = 2_000
+"""Candidates that are simulated; those that are left make the gap."""
 
-ROUNDS = 50
-"""Most rounds of improvement of the bounded search; few are ever needed."""
-
-Key = tuple[float, float]
-Found = tuple[Key, tuple[int, ...]]
+SAME = 1e-9
+"""Relative difference up to which two times are the same: sums of floats differ by their order."""
 
 
-def best_cuts(problem: Problem) -> tuple[tuple[int, ...], bool]:
-    """Positions of the cuts with the least predicted step time, and whether that is proven.
+@dataclass(frozen=True)
+class Choice:
+    """The best that was found.
 
-    If nothing satisfies the budget, those with the smallest largest violation. There must be at least as many
-    positions as cuts.
+    Attributes:
+        draft: it; the one that comes nearest if none satisfies the budget.
+        bound: no plan comes below this.
+        is_optimal: whether it is proven to be the best.
     """
-    count, lattice = len(problem.placements) - 1, Lattice(problem)
-    if count == 0:
-        return (), True
-    axes = _axes(problem.positions, count)
-    if len(problem.positions) ** count <= EXACT_CELLS:
-        return _exhaustive(lattice, axes)[1], True
-    starts = {_balanced(problem), _evenly(problem)}
-    return min(_improved(lattice, axes, start) for start in sorted(starts))[1], False
+
+    draft: Draft
+    bound: float
+    is_optimal: bool
 
 
-def _axes(positions: Sequence[int], count: int) -> list[IntArray]:
-    """The positions that each cut may have, with room for the others before and behind it."""
+@dataclass(frozen=True)
+class _Cells:
+    """The choices of cuts of one option that are ascending, in the order of their bounds."""
+
+    option: Option
+    lattice: Lattice
+    axes: Sequence[IntArray]
+    flat: IntArray
+    bound: FloatArray
+    excess: FloatArray
+
+    def positions(self, row: int) -> tuple[int, ...]:
+        """The cuts of a row."""
+        if not self.axes:
+            return ()
+        cell = np.unravel_index(int(self.flat[row]), tuple(len(axis) for axis in self.axes))
+        return tuple(int(axis[index]) for axis, index in zip(self.axes, cell, strict=True))
+
+
+class Search:
+    """Looks for the best plan of a problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._uses = uses_of(problem)
+        self._best: Draft | None = None
+        self._key = (float("inf"), float("inf"))  # violation of the budget, value
+        self._drafts = 0
+        self._left = float("inf")  # the least bound of what was not looked at
+
+    def run(self) -> Choice:
+        """The best plan; if nothing satisfies the budget, the one with the smallest largest violation.
+
+        Raises:
+            PlanError: no number of stages and micro-batches is for this schedule.
+        """
+        cells = [found for option in self._problem.options() if (found := self._cells(option)) is not None]
+        for is_kept in (True, False):
+            self._left = float("inf")
+            self._go_through(cells, is_kept)
+            if self._best is not None and (self._key[0] <= 0 or not is_kept):
+                break
+        if self._best is None:
+            raise self._refused()
+        bound = min(self._left, self._best.value)
+        return Choice(self._best, bound, bound >= self._best.value * (1.0 - SAME))
+
+    def least_bound(self) -> float:
+        """No choice of cuts comes below this, whatever the budget."""
+        found = [c for option in self._problem.options() if (c := self._cells(option)) is not None]
+        return min((float(cells.bound.min()) for cells in found if len(cells.bound)), default=0.0)
+
+    def _refused(self) -> PlanError:
+        """What the schedule says of the first option."""
+        option = next(iter(self._problem.options()))
+        positions = self._problem.positions[: len(option.cuts)]
+        try:
+            self._draft(option, positions, [0] * (2 * len(positions)))
+        except PlanError as error:
+            return error
+        return PlanError("no plan was found", found=self._problem.schedule)
+
+    def _cells(self, option: Option) -> _Cells | None:
+        lattice, axes = Lattice(self._problem, option, self._uses), self._axes(len(option.cuts))
+        if axes is None:
+            return None
+        if not axes:
+            scores = lattice.score_codecs(())
+            return _Cells(
+                option, lattice, (), np.zeros(1, np.int64), *(a.reshape(1) for a in (scores.bound, scores.excess))
+            )
+        scores = lattice.score(axes)
+        flat = np.flatnonzero(np.isfinite(scores.bound))
+        return _Cells(option, lattice, axes, flat, scores.bound.ravel()[flat], scores.excess.ravel()[flat])
+
+    def _axes(self, count: int) -> list[IntArray] | None:
+        given = self._problem.given
+        if given is None:
+            return axes_of(self._problem.positions, count)
+        return [np.array([position], np.int64) for position in given]
+
+    def _go_through(self, cells: Sequence[_Cells], is_kept: bool) -> None:
+        """Looks at all candidates that may keep the budget, or at those that may be nearest to it."""
+        for found in sorted(cells, key=lambda c: float(c.bound.min()) if len(c.bound) else float("inf")):
+            order: Iterator[int] = iter(_order(found, is_kept, self._key))
+            for row in order:
+                low = max(float(found.excess[row]), 0.0), float(found.bound[row])
+                if not self._is_promising(*low):
+                    break
+                if self._drafts >= MOST_DRAFTS and self._best is not None:
+                    self._left = min(self._left, low[1])
+                    break
+                self._codecs_of(found, row, is_kept)
+
+    def _is_promising(self, excess: float, bound: float) -> bool:
+        """Whether a candidate with these bounds can be better than the best so far."""
+        if excess > self._key[0] + SAME:
+            return False
+        return excess < self._key[0] - SAME or bound < self._key[1] * (1.0 - SAME)
+
+    def _codecs_of(self, cells: _Cells, row: int, is_kept: bool) -> None:
+        """Looks at the codecs for one choice of cuts."""
+        positions = cells.positions(row)
+        scores = cells.lattice.score_codecs(positions)
+        bound, excess = scores.bound.ravel(), np.maximum(scores.excess.ravel(), 0.0)
+        order = np.lexsort((bound, excess)) if not is_kept else np.argsort(np.where(excess > 0, np.inf, bound))
+        for index in order:
+            if (is_kept and excess[index] > 0) or not self._is_promising(
+                float(excess[index]), float(bound[index])
+            ):
+                break
+            if self._drafts >= MOST_DRAFTS and self._best is not None:
+                self._left = min(self._left, float(bound[index]))
+                break
+            chosen = [int(i) for i in np.unravel_index(int(index), scores.bound.shape)] if positions else []
+            try:
+                self._look_at(self._draft(cells.option, positions, chosen))
+            except PlanError:  # not for this schedule, with any cuts and codecs
+                break
+
+    def _draft(self, option: Option, positions: Sequence[int], chosen: Sequence[int]) -> Draft:
+        there, back = self._problem.there, self._problem.back
+        count = len(option.cuts)
+        codecs = Codecs(
+            tuple(there[cut][chosen[axis]] for axis, cut in enumerate(option.cuts)),
+            tuple(back[cut][chosen[count + axis]] for axis, cut in enumerate(option.cuts)),
+        )
+        self._drafts += 1
+        return Draft.of(self._problem, option.placements, positions, codecs, option.chunks)
+
+    def _look_at(self, draft: Draft) -> None:
+        broken = violations(draft, self._problem.costs, self._problem.budget)
+        key = max((violation.excess for violation in broken), default=0.0), draft.value
+        if self._is_promising(*key):
+            self._best, self._key = draft, key
+
+
+def _order(cells: _Cells, is_kept: bool, best: tuple[float, float]) -> Iterator[int]:
+    """Rows by their bounds, ascending; in parts, since few of them are ever asked for."""
+    if is_kept:
+        rows = np.flatnonzero((cells.excess <= 0) & (cells.bound < best[1]))
+        first = cells.bound[rows]
+        second = first
+    else:
+        rows = np.arange(len(cells.bound))
+        first, second = np.maximum(cells.excess, 0.0), cells.bound
+    if len(rows) > 1000:
+        some = np.argpartition(first, 1000)[:1000]
+        least = some[np.lexsort((second[some], first[some]))]
+        yield from (int(row) for row in rows[least])
+        rest = np.setdiff1d(np.arange(len(rows)), some)
+        rows, first, second = rows[rest], first[rest], second[rest]
+    yield from (int(row) for row in rows[np.lexsort((second, first))])
+
+
+def axes_of(positions: Sequence[int], count: int) -> list[IntArray] | None:
+    """The positions that each cut may have, with room for the others; None if there are too few."""
     spare = len(positions) - count
+    if spare < 0:
+        return None
     return [np.array(positions[cut : cut + spare + 1], np.int64) for cut in range(count)]
-
-
-def _exhaustive(lattice: Lattice, axes: Sequence[IntArray]) -> Found:
-    """The best of all ascending choices from the axes."""
-    return min(_score(lattice, block) for block in _blocks(axes))
-
-
-def _blocks(axes: Sequence[IntArray]) -> Iterator[list[IntArray]]:
-    """The same choices in blocks along the first axis, without most of the choices that are not ascending."""
-    others = int(np.prod([len(axis) for axis in axes[1:]], dtype=np.int64))
-    size = max(1, BLOCK_CELLS // others)
-    for start in range(0, len(axes[0]), size):
-        block = [axes[0][start : start + size]]
-        for axis in axes[1:]:
-            block.append(axis[axis > block[-1][0]])
-        if all(len(axis) for axis in block):
-            yield block
-
-
-def _score(lattice: Lattice, axes: Sequence[IntArray]) -> Found:
-    """The best cell of one lattice, with its key."""
-    scores = lattice.score(axes)
-    cell = scores.best()
-    return scores.key(cell), tuple(int(axis[index]) for axis, index in zip(axes, cell, strict=True))
-
-
-def _improved(lattice: Lattice, axes: Sequence[IntArray], start: tuple[int, ...]) -> Found:
-    """A choice that moving two neighbouring cuts, or one if two are too many, does not make better."""
-    best = _score(lattice, [np.array([position]) for position in start])
-    width = 2 if len(axes) > 1 and len(axes[0]) ** 2 <= BLOCK_CELLS else 1
-    for _ in range(ROUNDS):
-        before = best
-        for first in range(len(axes) - width + 1):
-            choice = [np.array([position]) for position in best[1]]
-            low = best[1][first - 1] if first > 0 else -1
-            high = best[1][first + width] if first + width < len(axes) else np.iinfo(np.int64).max
-            for moved in range(first, first + width):
-                choice[moved] = axes[moved][(axes[moved] > low) & (axes[moved] < high)]
-            best = min(best, _exhaustive(lattice, choice))
-        if best == before:
-            break
-    return best
-
-
-def _balanced(problem: Problem) -> tuple[int, ...]:
-    """A start: every stage has MACs in proportion to its device's rate."""
-    rates = [1.0 / seconds_per_mac(placement) for placement in problem.placements]
-    macs = [0, *accumulate(node.forward_macs for node in problem.costs.nodes)]
-    shares = list(accumulate(rates))
-    return _nearby(problem.positions, [bisect_left(macs, macs[-1] * share / shares[-1]) for share in shares[:-1]])
-
-
-def _evenly(problem: Problem) -> tuple[int, ...]:
-    """A start: as many places to cut in every stage."""
-    positions, stages = problem.positions, len(problem.placements)
-    return _nearby(positions, [positions[len(positions) * cut // stages] for cut in range(1, stages)])
-
-
-def _nearby(positions: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
-    """Different ascending positions, each the first at or after the wanted one that the others leave free."""
-    found, index = [], -1
-    for cut, position in enumerate(wanted):
-        last = len(positions) - len(wanted) + cut
-        index = min(max(bisect_left(positions, position), index + 1), last)
-        found.append(positions[index])
-    return tuple(found)

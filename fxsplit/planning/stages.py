@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from fxsplit.compressors.base import Compressor
@@ -16,7 +16,7 @@ from fxsplit.costs import CostTable, NodeCost, Value
 from fxsplit.errors import CompressorError
 from fxsplit.planning.devices import Placement
 from fxsplit.planning.parts import NO_COMPRESSOR, Edge, Part, is_local
-from fxsplit.planning.predict import BACKWARD_COST, seconds_per_mac
+from fxsplit.planning.profile import Profile, seconds_per_mac
 from fxsplit.planning.recompute import Needs
 from fxsplit.spec import TensorSpec
 from fxsplit.trace.effects import layout_name
@@ -109,6 +109,7 @@ class Stages:
     placements: tuple[Placement, ...]
     positions: tuple[int, ...]
     needs: tuple[Needs, ...] = ()
+    profile: Profile = field(default_factory=Profile)
 
     @cached_property
     def workers(self) -> tuple[str, ...]:
@@ -128,36 +129,43 @@ class Stages:
             ]
         return tuple(sorted(edges, key=lambda edge: (edge.source, edge.target)))  # stable: values in their order
 
-    def parts(self, edges: Iterable[Edge]) -> tuple[Part, ...]:
-        """What each stage holds and costs."""
+    def parts(self, edges: Iterable[Edge], chunks: int = 1, live: Sequence[int] | None = None) -> tuple[Part, ...]:
+        """What each stage holds and costs; `live` of the `chunks` micro-batches are kept at one time, or all."""
         received: dict[int, int] = defaultdict(int)
         for edge in edges:
             if not is_local(edge.source, edge.target, self.workers):
                 received[edge.target] += edge.raw_bytes
         inserted = _inserted_macs(edges)
-        bounds = (0, *self.positions, len(self.costs))
         homes = _module_stages(self.costs.nodes, self._stage_of)
         parts = []
         for stage, placement in enumerate(self.placements):
-            nodes = self.costs.nodes[bounds[stage] : bounds[stage + 1]]
+            nodes = self.costs.nodes[self._start(stage) : self._start(stage + 1)]
             again = [node for node in self.costs.nodes if self.needs and node.name in self.needs[stage].recomputed]
-            macs = sum(node.forward_macs for node in (*nodes, *again)) + inserted[stage]
-            parameters = sum(node.parameter_bytes for node in nodes)
-            kept = sum(node.output_bytes for node in (*nodes, *again)) + received[stage]
-            forward_s = macs * seconds_per_mac(placement)
+            done = (*nodes, *again)
+            seconds = [self.profile.node(node, placement) for node in done]
+            calls_s = chunks * sum(each.call_s for each in seconds)
+            learned_s = inserted[stage] * seconds_per_mac(placement)
+            forward_s = sum(each.forward_s for each in seconds) + calls_s + learned_s
+            kept = sum(node.saved_bytes for node in done) + received[stage]
+            share = chunks if live is None else live[stage]
             part = Part(
                 stage=stage,
                 device=placement.spelling,
                 worker=placement.worker,
                 modules=_whole_modules(nodes, homes),
-                macs=macs,
-                parameter_bytes=parameters,
-                memory_bytes=2 * parameters + kept,
+                macs=sum(node.forward_macs for node in done) + inserted[stage],
+                parameter_bytes=sum(node.parameter_bytes for node in nodes),
+                memory_bytes=sum(node.parameter_bytes + node.trainable_bytes for node in nodes)
+                + -(-kept * share // chunks),
                 forward_s=forward_s,
-                step_s=forward_s * (1.0 + BACKWARD_COST),
+                step_s=forward_s + sum(each.backward_s for each in seconds) + calls_s + 2 * learned_s,
             )
             parts.append(part)
         return tuple(parts)
+
+    def _start(self, stage: int) -> int:
+        """Index of the first node of a stage; past the last stage, of the end."""
+        return 0 if stage == 0 else self.positions[stage - 1] if stage < len(self.placements) else len(self.costs)
 
     def stage_of(self) -> list[int]:
         """The stage of each node."""

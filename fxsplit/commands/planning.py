@@ -1,0 +1,133 @@
+"""The options of the command line that a plan is chosen by, and what they mean."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from fxsplit.errors import BudgetError, PlanError
+from fxsplit.planning import Budget, Guard
+from fxsplit.planning.stages import AUTO
+
+_PANEL = "Plan"
+
+BudgetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        metavar="LINE=LIMIT",
+        show_default=False,
+        help="A limit: memory=2GiB, memory.cuda=2GiB, macs.cpu=1e9, link_bytes=8MB, step_time=400ms. Repeatable.",
+        rich_help_panel=_PANEL,
+    ),
+]
+BandwidthOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RATE", show_default="1 GB/s", help="Of the links, each way: 50Mbit/s.", rich_help_panel=_PANEL
+    ),
+]
+LatencyOption = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", show_default="300 us", help="Of the links: 20ms.", rich_help_panel=_PANEL),
+]
+ObjectiveOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="What is least: step, latency, throughput or price.", rich_help_panel=_PANEL
+    ),
+]
+ScheduleOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Order of a training step.", rich_help_panel=_PANEL)
+]
+PlacementOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="given: every device gets a part; auto: devices may be left out, and inputs sent as they are.",
+        rich_help_panel=_PANEL,
+    ),
+]
+PriceOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--price",
+        metavar="DEVICE=PRICE",
+        show_default=False,
+        help="Price of an hour of a device, for --objective price. May be repeated.",
+        rich_help_panel=_PANEL,
+    ),
+]
+AllowOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        show_default="fastquant8,sortquant8",
+        help="What --compressor auto may choose from, beside none.",
+        rich_help_panel=_PANEL,
+    ),
+]
+ChunksOption = Annotated[
+    str, typer.Option(metavar="COUNT", help="Micro-batches of a batch, or auto.", rich_help_panel=_PANEL)
+]
+
+
+def read_budget(lines: list[str] | None, bandwidth: str | None, latency: str | None) -> Budget:
+    """The budget of the command line.
+
+    Raises:
+        BudgetError: an unknown line, or a quantity that is none.
+
+    >>> read_budget(["memory.cuda=2GiB", "step_time=400ms"], "50Mbit/s", None).to_dict()
+    {'memory': {'cuda': 2147483648}, 'bandwidth': 6250000.0, 'step_time': 0.4}
+    """
+    found: dict[str, Any] = {}
+    for line in lines or ():
+        name, equals, limit = line.partition("=")
+        word, dot, key = name.strip().partition(".")
+        if not equals or (dot and word not in ("macs", "memory", "link_bytes")):
+            allowed = "LINE=LIMIT, or macs, memory or link_bytes with a name: memory.cuda=2GiB"
+            raise BudgetError("not a line of a budget", where="--budget", found=repr(line), allowed=allowed)
+        known = found.get(word)
+        if word in found and not (dot and isinstance(known, dict) and key not in known):
+            raise BudgetError("a budget line is given twice", where="--budget", found=repr(line))
+        found[word] = {**(known or {}), key: limit.strip()} if dot else limit.strip()
+    given = {"bandwidth": bandwidth, "latency": latency}
+    return Budget.from_dict({**found, **{name: value for name, value in given.items() if value is not None}})
+
+
+def read_prices(prices: list[str] | None) -> dict[str, float]:
+    """Device -> price of an hour.
+
+    Raises:
+        PlanError: not DEVICE=PRICE.
+    """
+    found = {}
+    for price in prices or ():
+        device, _, per_h = price.partition("=")
+        try:
+            found[device.strip()] = float(per_h)
+        except ValueError:
+            raise PlanError("not a price", where="--price", found=repr(price), allowed="DEVICE=PRICE") from None
+    return found
+
+
+def read_guard(allowed: str | None) -> Guard | None:
+    """The guard of the command line."""
+    return None if allowed is None else Guard(tuple(name.strip() for name in allowed.split(",")))
+
+
+def read_chunks(chunks: str) -> int | str:
+    """A number of micro-batches, or 'auto'.
+
+    Raises:
+        typer.BadParameter: neither.
+    """
+    if chunks == AUTO:
+        return AUTO
+    if not chunks.isdecimal() or int(chunks) < 1:
+        raise typer.BadParameter(
+            f"{chunks!r} is neither a number of micro-batches nor auto", param_hint="--chunks"
+        )
+    return int(chunks)

@@ -1,0 +1,103 @@
+"""A plan in the making: a choice of devices, cuts, codecs and chunks, with all that is predicted of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fxsplit.costs import CostTable
+from fxsplit.planning.devices import Placement
+from fxsplit.planning.parts import Edge, Part
+from fxsplit.planning.predict import Outcome, outcome_of, times_of
+from fxsplit.planning.problem import Problem
+from fxsplit.planning.recompute import Needs, least_needs
+from fxsplit.planning.stages import Codecs, Stages
+from fxsplit.schedules import schedule
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A choice, and what comes of it.
+
+    Attributes:
+        placements: one a stage.
+        names: of the cuts.
+        positions: of the cuts: indices of the nodes at which stages begin.
+        codecs: one for each cut and direction.
+        chunks: micro-batches.
+        needs: what each stage gets and computes again.
+        edges: between the stages.
+        parts: one a stage.
+        outcome: what is predicted.
+        price_per_s: by which the seconds are weighed.
+    """
+
+    placements: tuple[Placement, ...]
+    names: tuple[str, ...]
+    positions: tuple[int, ...]
+    codecs: Codecs
+    chunks: int
+    needs: tuple[Needs, ...]
+    edges: tuple[Edge, ...]
+    parts: tuple[Part, ...]
+    outcome: Outcome
+    price_per_s: float
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The worker of each stage."""
+        return tuple(placement.worker for placement in self.placements)
+
+    @property
+    def value(self) -> float:
+        """What is minimised."""
+        return self.outcome.seconds * self.price_per_s
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        placements: Sequence[Placement],
+        positions: Sequence[int],
+        codecs: Codecs,
+        chunks: int,
+        names: Sequence[str] | None = None,
+    ) -> Draft:
+        """All that follows from a choice.
+
+        Raises:
+            PlanError: the schedule is not for these stages and micro-batches.
+            CompressorError: a learned compressor does not fit what crosses a cut.
+        """
+        costs, placements, positions = problem.costs, tuple(placements), tuple(positions)
+        whole = Stages(costs, placements, positions)
+        needs = least_needs(costs, placements, whole.stage_of(), problem.link)
+        stages = Stages(costs, placements, positions, needs, problem.profile)
+        edges = stages.edges(codecs)
+        parts = stages.parts(edges, chunks)
+        training = problem.objective.is_training
+        times = times_of(
+            parts, edges, placements, problem.link, problem.profile, chunks, with_outputs=not training
+        )
+        workers = stages.workers if training else (*stages.workers, placements[0].worker)
+        outcome = outcome_of(times, workers, chunks, schedule(problem.schedule), problem.objective)
+        if outcome.live != (chunks,) * len(placements):
+            parts = stages.parts(edges, chunks, outcome.live)
+        return cls(
+            placements,
+            tuple(outermost(costs, position) for position in positions) if names is None else tuple(names),
+            positions,
+            codecs,
+            chunks,
+            needs,
+            edges,
+            parts,
+            outcome,
+            problem.objective.price_per_s(placement.spelling for placement in placements),
+        )
+
+
+def outermost(costs: CostTable, position: int) -> str:
+    """The name for a place to cut: of the modules that begin there, the outermost."""
+    names = [name for name, index in costs.cut_points.items() if index == position]
+    return min(names, key=lambda name: name.count("."))

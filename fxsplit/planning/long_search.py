@@ -1,0 +1,218 @@
+"""The choice for very long models and many devices, where not every choice of cuts can be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fxsplit.compressors import Compressor
+from fxsplit.costs import Value
+from fxsplit.errors import PlanError
+from fxsplit.planning.bounds import FloatArray
+from fxsplit.planning.chain import Chain, Path, best_path, chosen_codecs
+from fxsplit.planning.devices import Placement
+from fxsplit.planning.draft import Draft
+from fxsplit.planning.lattice import EDGES, FIXED, GRADIENTS, IntArray, columns_of, hop_seconds, prefix
+from fxsplit.planning.limits import limits_by_position, violations
+from fxsplit.planning.problem import Problem
+from fxsplit.planning.search import Choice
+from fxsplit.planning.stages import Codecs
+
+SAME = 1e-6
+"""Relative gap up to which a plan is called optimal."""
+
+
+class LongSearch:
+    """Dynamic programming over prefixes. Exact for GPipe's step on chains of different workers.
+
+    For anything else the ways are those of the chain that the model would be if every value went from stage to
+    stage, and the bound counts only the values that no two cuts can share.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        costs = problem.costs
+        self._places = np.array([0, *(p for p in problem.positions if p > 0), len(costs)], np.int64)
+        self._spans = [self._span(value) for value in costs.values]
+        workers = [placement.worker for placement in problem.placements]
+        is_step = problem.schedule == "gpipe" and problem.objective.name == "step"
+        self._is_chain = all(b - a <= 1 for a, b in self._spans) and len(set(workers)) == len(workers) and is_step
+        # A price is a step's seconds times what the devices of the plan cost: at least the client's, always there.
+        self._price = problem.objective.price_per_s([problem.placements[0].spelling])
+        if not problem.leaves_out:
+            self._price = problem.objective.price_per_s(p.spelling for p in problem.placements)
+
+    def run(self) -> Choice:
+        """The best plan; if nothing satisfies the budget, one that comes near it.
+
+        Raises:
+            PlanError: the schedule is not for these stages and micro-batches.
+        """
+        found: list[tuple[float, float, Draft]] = []
+        bounds, refused = [float("inf")], list[PlanError]()
+        for chunks in self._problem.chunks:
+            chain = self._chain(chunks, 1.0)
+            path, bound = best_path(chain)
+            if not self._is_chain:
+                bound = best_path(self._bounding(chunks))[1]
+                bound = bound if self._problem.objective.name in ("step", "price") else 0.0
+            bounds.append(bound * self._price)
+            if not np.isfinite(path.value):
+                chain, path = self._nearest(chunks)
+            try:
+                draft = self._draft(path, chunks, chain)
+            except PlanError as error:
+                refused.append(error)
+                continue
+            broken = violations(draft, self._problem.costs, self._problem.budget)
+            found.append((max((v.excess for v in broken), default=0.0), draft.value, draft))
+        if not found:
+            raise refused[0]
+        excess, value, draft = min(found, key=lambda entry: entry[:2])
+        bound = min(*bounds, value)
+        return Choice(draft, bound, excess <= 0 and bound >= value * (1.0 - SAME))
+
+    def _nearest(self, chunks: int) -> tuple[Chain, Path]:
+        """A way with the limits of the budget stretched as little as they have to be."""
+        low, high = 0.0, 1.0
+        found = self._stretched(chunks, high)
+        while not np.isfinite(found[1].value) and high < 1e12:
+            low, high = high, 4.0 * high
+            found = self._stretched(chunks, high)
+        for _ in range(20):
+            middle = (low + high) / 2
+            tried = self._stretched(chunks, middle)
+            if np.isfinite(tried[1].value):
+                found, high = tried, middle
+            else:
+                low = middle
+        return found
+
+    def _stretched(self, chunks: int, by: float) -> tuple[Chain, Path]:
+        chain = self._chain(chunks, 1.0 + by)
+        return chain, best_path(chain)[0]
+
+    def _span(self, value: Value) -> tuple[int, int]:
+        """The places that a value may cross: from the first index up to, without, the second."""
+        used = [c for c in value.consumers if c < len(self._problem.costs)]
+        last = max(used, default=value.producer)
+        low, high = np.searchsorted(self._places[:-1], (value.producer, last), "right")
+        low = max(int(low), 0 if self._problem.leaves_out else 1)
+        return low, max(int(high), low)
+
+    @cached_property
+    def _sums(self) -> tuple[IntArray, IntArray]:
+        """[columns, places]: what crosses each place, with and without the values that may cross several."""
+        problem = self._problem
+        width = len(FIXED) + len(problem.codecs_there) + len(problem.codecs_back)
+        tables = [np.zeros((width, len(self._places) + 1), np.int64) for _ in range(2)]
+        known: dict[object, IntArray] = {}
+        for value, (low, high) in zip(problem.costs.values, self._spans, strict=True):
+            maker = value.producer
+            is_free = maker >= 0 and problem.costs.nodes[maker].is_repeatable and not value.is_activation
+            if low == high:
+                continue
+            key = value.spec, value.is_activation, maker < 0
+            if key not in known:
+                known[key] = np.array(columns_of(problem, value, (-1, 1) if maker < 0 else (0, 1)), np.int64)
+            for table in tables if high - low == 1 and not is_free else tables[:1]:
+                table[:, low] += known[key]
+                table[:, high] -= known[key]
+        return tables[0].cumsum(1)[:, :-1], tables[1].cumsum(1)[:, :-1]
+
+    def _bounding(self, chunks: int) -> Chain:
+        """The chain whose best way bounds that of the model."""
+        chain = self._chain(chunks, 1.0, is_bound=True)
+        return chain if self._problem.schedule == "gpipe" else replace(chain, weight=0.0)
+
+    def _chain(self, chunks: int, stretched: float, *, is_bound: bool = False) -> Chain:
+        """The model as a chain, with all limits of the budget stretched."""
+        problem, places = self._problem, self._places
+        placements, nodes = problem.placements, problem.costs.nodes
+        both = [tuple(s[places] for s in problem.prefixes(placement, chunks)) for placement in placements]
+        macs = prefix([node.forward_macs for node in nodes])[places]
+        live = 1 if problem.schedule == "gpipe" else chunks  # at least one micro-batch is kept
+        kept = [n.parameter_bytes + n.trainable_bytes + n.saved_bytes // live for n in nodes]
+        limits = [
+            (problem.budget.macs_limit(p.spelling), problem.budget.memory_limit(p.spelling)) for p in placements
+        ]
+        hops, hops_back, pair = self._hops(chunks, stretched, 1 if is_bound else 0)
+        scale = 1.0 if problem.objective.is_training else 0.0
+        return Chain(
+            np.array([there for there, _ in both]), scale * np.array([back for _, back in both]),
+            np.array([macs, prefix(kept)[places]], np.float64),
+            np.array([[np.inf if m is None else m * stretched for m in row] for row in limits]),
+            hops, scale * hops_back, pair, problem.leaves_out, float(chunks - 1),
+        )  # fmt: skip
+
+    def _hops(self, chunks: int, stretched: float, table: int) -> tuple[FloatArray, FloatArray, IntArray]:
+        """Seconds by kind of hop, place, codec and piece, both ways; and the kind for each two devices."""
+        problem, sums = self._problem, self._sums[table]
+        first = len(FIXED) + len(problem.codecs_there)
+        kinds: dict[object, int] = {}
+        rows: list[tuple[FloatArray, FloatArray]] = []
+        pair = np.zeros((len(problem.placements),) * 2, np.int64)
+        for source, target in combinations(range(len(problem.placements)), 2):
+            ends = problem.placements[source], problem.placements[target]
+            there, back = problem.forward[target - 1], problem.backward[target - 1]
+            key = ends[0].worker == ends[1].worker or (ends[0].device_type, ends[1].device_type, there, back)
+            if key not in kinds:
+                kinds[key] = len(kinds)
+                go = self._way(chunks, sums, EDGES, len(FIXED), problem.codecs_there, there, ends, stretched)
+                come = self._way(
+                    chunks, sums, GRADIENTS, first, problem.codecs_back, back, (ends[1], ends[0]), stretched
+                )
+                rows.append((go, come))
+            pair[source, target] = kinds[key]
+        if not rows:
+            return np.zeros((1, len(self._places), 1, 4)), np.zeros((1, len(self._places), 1, 4)), pair
+        return np.stack([there for there, _ in rows]), np.stack([back for _, back in rows]), pair
+
+    def _way(
+        self,
+        chunks: int,
+        sums: IntArray,
+        count: int,
+        first: int,
+        codecs: Sequence[Compressor],
+        allowed: Sequence[int],
+        ends: tuple[Placement, Placement],
+        stretched: float,
+    ) -> FloatArray:
+        """[places, codecs, 4]: total, encoder, link and decoder of a hop from one device to another."""
+        if ends[0].worker == ends[1].worker:
+            return np.zeros((len(self._places), len(codecs), 4))
+        made = []
+        for index, codec in enumerate(codecs):
+            wire_bytes = sums[first + index]
+            hop = hop_seconds(self._problem, chunks, sums, count, wire_bytes, codec, *ends)
+            is_refused = self._is_over(wire_bytes, stretched) | (index not in allowed)
+            made.append(np.stack([np.where(is_refused, np.inf, sum(hop)), *hop[:3]], -1))
+        return np.stack(made, 1)
+
+    def _is_over(self, wire: IntArray, stretched: float) -> NDArray[np.bool_]:
+        """Where bytes are more than the budget allows over a place."""
+        budget = self._problem.budget
+        limits = np.full(len(self._places), np.inf if budget.link_limit is None else float(budget.link_limit))
+        by_position = limits_by_position(self._problem.costs, budget) if budget.cut_limits else {}
+        for position, limit in by_position.items():
+            limits[np.searchsorted(self._places, position)] = limit
+        return np.asarray(wire > limits * stretched)
+
+    def _draft(self, path: Path, chunks: int, chain: Chain) -> Draft:
+        problem = self._problem
+        placements = [problem.placements[device] for device in path.devices]
+        pairs = [int(chain.pair[a, b]) for a, b in zip(path.devices, path.devices[1:], strict=False)]
+        there = chosen_codecs(chain.there, pairs, path.places, path.longest[0])
+        back = chosen_codecs(chain.back, pairs, path.places, path.longest[1])
+        codecs = Codecs(
+            tuple(problem.codecs_there[index] for index in there),
+            tuple(problem.codecs_back[index] for index in back),
+        )
+        positions = [int(self._places[place]) for place in path.places]
+        return Draft.of(problem, placements, positions, codecs, chunks)

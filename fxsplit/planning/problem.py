@@ -1,0 +1,128 @@
+"""What is planned: the model's costs, the devices, and all that may be chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+
+import numpy as np
+
+from fxsplit.compressors.base import Compressor
+from fxsplit.costs import CostTable
+from fxsplit.planning.bounds import FloatArray, Rules
+from fxsplit.planning.budget import Budget
+from fxsplit.planning.devices import Placement
+from fxsplit.planning.predict import Link, Objective
+from fxsplit.planning.profile import Profile
+
+
+@dataclass(frozen=True)
+class Option:
+    """Devices that get a stage each, and a number of micro-batches.
+
+    Attributes:
+        placements: one a stage.
+        cuts: for each cut, which of the problem's cuts lends it its codecs.
+        chunks: micro-batches.
+    """
+
+    placements: tuple[Placement, ...]
+    cuts: tuple[int, ...]
+    chunks: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that a plan is chosen from and judged by.
+
+    Attributes:
+        costs: of the model.
+        placements: the device list.
+        there: for each cut, the codecs that may be chosen for activations.
+        back: the same for gradients.
+        link: what the links do.
+        chunks: the numbers of micro-batches that may be chosen.
+        budget: what has to be kept.
+        schedule: name of the schedule.
+        objective: what is minimised.
+        profile: what is known of speeds.
+        leaves_out: whether devices may be left out, and the first stage be empty: the input is sent as it is.
+        given: the cuts, if they are not to be chosen.
+    """
+
+    costs: CostTable
+    placements: tuple[Placement, ...]
+    there: tuple[tuple[Compressor, ...], ...]
+    back: tuple[tuple[Compressor, ...], ...]
+    link: Link
+    chunks: tuple[int, ...]
+    budget: Budget
+    schedule: str = "gpipe"
+    objective: Objective = field(default_factory=Objective)
+    profile: Profile = field(default_factory=Profile)
+    leaves_out: bool = False
+    given: tuple[int, ...] | None = None
+
+    @cached_property
+    def positions(self) -> tuple[int, ...]:
+        """The node indices at which a stage may begin, ascending."""
+        least = -1 if self.leaves_out else 0
+        return tuple(sorted({index for index in self.costs.cut_points.values() if index > least}))
+
+    @cached_property
+    def codecs_there(self) -> tuple[Compressor, ...]:
+        """All codecs of activations, each once."""
+        return tuple(dict.fromkeys(codec for cut in self.there for codec in cut))
+
+    @cached_property
+    def codecs_back(self) -> tuple[Compressor, ...]:
+        """All codecs of gradients, each once."""
+        return tuple(dict.fromkeys(codec for cut in self.back for codec in cut))
+
+    @cached_property
+    def forward(self) -> tuple[tuple[int, ...], ...]:
+        """For each cut, its choices as indices into `codecs_there`."""
+        return tuple(tuple(self.codecs_there.index(codec) for codec in cut) for cut in self.there)
+
+    @cached_property
+    def backward(self) -> tuple[tuple[int, ...], ...]:
+        """For each cut, its choices as indices into `codecs_back`."""
+        return tuple(tuple(self.codecs_back.index(codec) for codec in cut) for cut in self.back)
+
+    def prefixes(self, placement: Placement, chunks: int) -> tuple[FloatArray, FloatArray]:
+        """Seconds of a micro-batch of all nodes before each, on a device: forward and backward."""
+        is_measured = self.profile.is_measured(placement)
+        key = is_measured, placement.spelling if is_measured else placement.device_type
+        if key not in self._seconds:
+            rows = [self.profile.node(node, placement) for node in self.costs.nodes]
+            table = np.array([(row.forward_s, row.backward_s, row.call_s) for row in rows]).reshape(-1, 3)
+            self._seconds[key] = np.concatenate([np.zeros((1, 3)), table.cumsum(0)]).T
+        forward, backward, call = self._seconds[key]
+        return forward / chunks + call, backward / chunks + call
+
+    @cached_property
+    def _seconds(self) -> dict[tuple[bool, str], FloatArray]:
+        """[3, nodes + 1] by device, or by type of device if it was not measured."""
+        return {}
+
+    @property
+    def rules(self) -> Rules:
+        """Of the schedule."""
+        return Rules.of(self.schedule)
+
+    def options(self) -> Iterator[Option]:
+        """The devices that may have stages, the client's first always among them, with each number of chunks."""
+        rest = range(1, len(self.placements))
+        kept = [range(1, len(self.placements))] if not self.leaves_out else [
+            chosen for size in range(len(self.placements)) for chosen in combinations(rest, size)
+        ]  # fmt: skip
+        for stages in kept:
+            for chunks in self.chunks:
+                placements = tuple(self.placements[stage] for stage in (0, *stages))
+                yield Option(placements, tuple(stage - 1 for stage in stages), chunks)
+
+    def is_small(self, most: int) -> bool:
+        """Whether there are at most so many choices of cuts."""
+        return self.given is not None or sum(len(self.positions) ** len(o.cuts) for o in self.options()) <= most

@@ -98,8 +98,8 @@ class Gate:
         listen: "HOST:PORT".
         token: what workers must know.
         wanted: the devices of each worker that is waited for, by name.
-        session: told to workers, like
-        threads: the number of threads of one operation.
+        session: names this group of workers; they are told it.
+        threads: of one operation; they are told it, too.
 
     Raises:
         DeviceError: the address is none, or cannot be listened at.

@@ -176,9 +176,7 @@ def parse_address(text: str, where: str) -> tuple[str, int]:
     Raises:
         DeviceError: it is no address.
     """
-    match = re.fullmatch(
-        r"(?:\[(?P<six>[0-9a-fA-F:.%\w]+)\]|(?P<host>[^:\[\]\s]+)):(?P<port>\d{1,5})", text.strip()
-    )
+    match = _ADDRESS.fullmatch(text.strip())
     if match is None or not 0 < int(match["port"]) < 65536:
         raise DeviceError("not an address", where=where, found=repr(text), allowed="HOST:PORT, port 1 to 65535")
     return match["six"] or match["host"], int(match["port"])

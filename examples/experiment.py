@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
@@ -277,9 +278,18 @@ def validate(pipe: fxsplit.Pipeline, task: Task) -> tuple[float, float | None]:
 
 
 def spelled(compressor: str, bits: int | None, split: int | None) -> str:
-    """A compressor with its bits and split bits: `sortquant`, 8 and 2 are `sortquant8(split=2)`."""
+    """A compressor with its bits and split bits: `sortquant`, 8 and 2 are `sortquant8(split=2)`.
+
+    Raises:
+        BadParameter: there is no such compressor.
+    """
     name = compressor if bits is None else f"{compressor}{bits}"
-    return name if split is None else f"{name}(split={split})"
+    name = name if split is None else f"{name}(split={split})"
+    try:
+        fxsplit.compressor(name)
+    except fxsplit.FxsplitError as error:
+        raise typer.BadParameter(str(error), param_hint="--compressor") from error
+    return name
 
 
 def summary(log: Log, other: str | None) -> Table:

@@ -135,10 +135,6 @@ def main(
 ) -> None:
     """Fine-tune RoBERTa over a client and a server."""
     name = spelled(compressor, bits, split)
-    try:
-        fxsplit.compressor(name)
-    except fxsplit.FxsplitError as error:
-        raise typer.BadParameter(str(error), param_hint="--compressor") from error
     training, validation = load(task, data, "train")[:samples], load(task, data, "dev")
     steps = len(training) // batch_size
     if steps == 0 or chunks > batch_size:

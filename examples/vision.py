@@ -134,10 +134,6 @@ def main(
 ) -> None:
     """Train MobileNetV2 over a client and a server."""
     name = spelled(compressor, bits, split)
-    try:
-        fxsplit.compressor(name)
-    except fxsplit.FxsplitError as error:
-        raise typer.BadParameter(str(error), param_hint="--compressor") from error
     training, validation = load(dataset, data, image_size, download)
     if images is not None:
         training = Subset(training, range(images))

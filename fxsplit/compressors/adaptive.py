@@ -11,11 +11,10 @@ from torch import Tensor
 
 from fxsplit.compressors import codebook_codes
 from fxsplit.compressors.base import Compressor
-from fxsplit.compressors.codebooks import Sample, codebooks, sorted_samples
-from fxsplit.compressors.floating import check_floating, not_finite, plain, wide_dtype, widen
+from fxsplit.compressors.codebooks import Sample, codebooks, sampled_of_group, sorted_samples
+from fxsplit.compressors.floating import check_floating, plain, wide_dtype, widen
 from fxsplit.compressors.grouping import AUTO, Layout, check_group, check_rounding, group_of
-from fxsplit.compressors.kernels import kernels_for
-from fxsplit.compressors.kmeans import MIN_SAMPLE
+from fxsplit.compressors.kernels import finite_extremes, kernels_for
 from fxsplit.compressors.packing import packed_bytes
 from fxsplit.compressors.uniform import milder
 from fxsplit.errors import CompressorError
@@ -108,9 +107,7 @@ class Adaptive(Compressor):
             return given, buffer
         values, layout = plain(x).view(-1), self._layout(spec)
         kernels = kernels_for(values.device, values.numel())
-        extremes = kernels.extremes(values, layout)
-        if not bool(extremes.isfinite().all()):
-            raise not_finite(self, values)
+        extremes = finite_extremes(self, values, layout)
         given = self._given(values, layout, extremes, spec)
         books = self._books(values, layout, extremes, given)
         at = 0
@@ -210,7 +207,7 @@ class Adaptive(Compressor):
         return books
 
     def _sampled(self, layout: Layout) -> int:
-        return self.sample and max(self.sample // layout.groups, MIN_SAMPLE << self.bits)
+        return sampled_of_group(self.sample, layout, self.bits)
 
     def _runs(self, given: Tensor, layout: Layout, device: torch.device) -> Iterator[_Run]:
         """What is encoded at once, in the order of the buffer. The codes do not depend on how much that is."""

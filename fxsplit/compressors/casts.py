@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fxsplit.compressors.base import Compressor
-from fxsplit.compressors.floating import check_floating, narrow, not_finite, plain, widen
+from fxsplit.compressors.floating import check_floating, narrow, plain, widen
 from fxsplit.compressors.grouping import Layout, check_rounding
-from fxsplit.compressors.kernels import float_kernels_for, kernels_for
+from fxsplit.compressors.kernels import finite_extremes, float_kernels_for
 from fxsplit.compressors.scheme import seeds_of
 from fxsplit.spec import TensorSpec
 
@@ -77,9 +77,7 @@ class Cast(Compressor):
 
     def _rounded_at_random(self, values: Tensor) -> Tensor:
         layout, device = Layout(1, 1, values.numel()), values.device
-        extremes = kernels_for(device, values.numel()).extremes(values, layout)
-        if not bool(extremes.isfinite().all()):
-            raise not_finite(self, values)
+        extremes = finite_extremes(self, values, layout)
         if not bool(extremes.to(values.dtype).to(self.dtype).isfinite().all()):
             narrow(self, values, self.dtype)  # refuses them as it does when it rounds to the nearest
         one = torch.ones(1, dtype=torch.float64, device=device)

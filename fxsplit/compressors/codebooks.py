@@ -20,6 +20,9 @@ EDGES = 1025
 SAMPLED_AT_ONCE = 1 << 15
 """Elements of all the samples that a CPU looks at together; an accelerator 128 times as many."""
 
+MIN_SAMPLE = 64
+"""So many elements a value are sampled from each group at least."""
+
 
 class Sample:
     """Sorted numbers of several groups, scaled to magnitudes of at most 1, with exact sums of their ranges.
@@ -76,6 +79,11 @@ def _sums_up_to(numbers: Tensor) -> Tensor:
     sums = numbers.new_zeros(numbers.shape[0], numbers.shape[1] + 1)
     torch.cumsum(numbers, 1, out=sums[:, 1:])
     return sums
+
+
+def sampled_of_group(sample: int, layout: Layout, bits: int) -> int:
+    """How many elements of each group make the sample of a tensor: `MIN_SAMPLE` a value at least; 0 means all."""
+    return sample and max(sample // layout.groups, MIN_SAMPLE << bits)
 
 
 def sorted_samples(

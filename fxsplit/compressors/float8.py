@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fxsplit.compressors.base import Compressor
-from fxsplit.compressors.floating import check_floating, not_finite, plain, wide_dtype
+from fxsplit.compressors.floating import check_floating, plain, wide_dtype
 from fxsplit.compressors.grouping import Layout, check_group, check_rounding, group_of, tiles
-from fxsplit.compressors.kernels import float_kernels_for, kernels_for
+from fxsplit.compressors.kernels import finite_extremes, float_kernels_for, kernels_for
 from fxsplit.compressors.scheme import Scheme, seeds_of, value_table
 from fxsplit.compressors.torch_kernels import block_size
 from fxsplit.errors import CompressorError, nearest
@@ -103,11 +103,9 @@ class Float8(Compressor):
         if values.numel() == 0:
             scale = self._scales(torch.zeros(scale_spec.shape, dtype=torch.float64), wide)
             return torch.empty(numbers_spec.shape, dtype=torch.uint8, device=x.device), scale.to(x.device)
-        extremes = kernels_for(values.device, values.numel()).extremes(values, layout)
+        extremes = finite_extremes(self, values, layout)
         low, high = extremes.cpu()
         largest = torch.maximum(high, -low)
-        if not bool(largest.isfinite().all()):
-            raise not_finite(self, values)
         scale = self._scales(largest, wide).to(x.device)
         if self.rounding == "stochastic":
             kernels, seeds = float_kernels_for(values.device, values.numel()), seeds_of(values, layout, extremes)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fxsplit.compressors import cpu_kernels, torch_kernels
+from fxsplit.compressors.base import Compressor
+from fxsplit.compressors.floating import not_finite
 from fxsplit.compressors.grouping import Layout
 from fxsplit.compressors.ranges import RangeRule, Ranges
 from fxsplit.compressors.scheme import Scheme
@@ -59,6 +61,20 @@ def kernels_for(device: torch.device, count: int) -> Kernels:
         if cuda_kernels.available(device):
             return cuda_kernels
     return torch_kernels
+
+
+def finite_extremes(codec: Compressor, values: Tensor, layout: Layout) -> Tensor:
+    """The least and the greatest value of each group: float64 `[2, groups]`.
+
+    On an accelerator this waits for the device once.
+
+    Raises:
+        CompressorError: there is NaN or infinity, which `codec` refuses.
+    """
+    extremes = kernels_for(values.device, values.numel()).extremes(values, layout)
+    if not bool(extremes.isfinite().all()):
+        raise not_finite(codec, values)
+    return extremes
 
 
 class FloatKernels(Protocol):

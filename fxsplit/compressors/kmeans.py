@@ -11,16 +11,13 @@ from torch import Tensor
 
 from fxsplit.compressors import codebook_codes
 from fxsplit.compressors.base import Compressor, Memory
-from fxsplit.compressors.codebooks import Sample, codebooks, sorted_samples
-from fxsplit.compressors.floating import check_floating, not_finite, plain, wide_dtype
+from fxsplit.compressors.codebooks import Sample, codebooks, sampled_of_group, sorted_samples
+from fxsplit.compressors.floating import check_floating, plain, wide_dtype
 from fxsplit.compressors.grouping import AUTO, Layout, check_group, check_rounding, group_of
-from fxsplit.compressors.kernels import kernels_for
+from fxsplit.compressors.kernels import finite_extremes, kernels_for
 from fxsplit.compressors.packing import packed_bytes
 from fxsplit.compressors.uniform import milder
 from fxsplit.spec import TensorSpec
-
-MIN_SAMPLE = 64
-"""So many elements a value are sampled from each group at least."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +132,11 @@ class KMeans(Compressor):
             return tuple(torch.zeros(s.shape, dtype=s.dtype, device=x.device) for s in (codes_spec, table_spec))
         layout = Layout.of(TensorSpec.of(x), self.group_for(TensorSpec.of(x)))
         kernels, stochastic = kernels_for(values.device, values.numel()), self.rounding == "stochastic"
-        extremes = kernels.extremes(values, layout)
-        if not bool(extremes.isfinite().all()):
-            raise not_finite(self, values)
+        extremes = finite_extremes(self, values, layout)
         book = torch.empty(layout.groups, 1 << self.bits, dtype=table_spec.dtype, device=x.device)
         fits = start is not None and start.shape == table_spec.shape
         start = start.to(x.device).double().view(book.shape) if start is not None and fits else None
-        wanted = self.sample and max(self.sample // layout.groups, MIN_SAMPLE << self.bits)
+        wanted = sampled_of_group(self.sample, layout, self.bits)
         for groups, ordered in sorted_samples(values, layout, extremes, wanted):
             begun = start if start is None else start[groups]
             book[groups] = codebooks(Sample(ordered), 1 << self.bits, self.iterations, begun).to(book.dtype)

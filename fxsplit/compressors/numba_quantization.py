@@ -165,12 +165,7 @@ def quantize_any(
     buckets, groups = minima.shape
     done = 0
     while done < values.size:
-        if inner > 0:
-            run = (start + done) // inner
-            first, step, stop = run % groups, 0, min(values.size, (run + 1) * inner - start, done + PART)
-        else:
-            first, step = (start + done) % groups, 1
-            stop = min(values.size, done + groups - first, done + PART)
+        first, step, stop = _next_part(values.size, start, done, inner, groups)
         part, out = values[done:stop], codes[done:stop]
         places, scaled = index[: part.size], scratch[: part.size]
         if buckets == 1 and step == 0:
@@ -195,12 +190,7 @@ def find(values: Array, start: int, inner: int, bounds: Array, codes: Array) -> 
     """As `quantize_any` where the bucket is the code."""
     groups, done = bounds.shape[1], 0
     while done < values.size:
-        if inner > 0:
-            run = (start + done) // inner
-            first, step, stop = run % groups, 0, min(values.size, (run + 1) * inner - start, done + PART)
-        else:
-            first, step = (start + done) % groups, 1
-            stop = min(values.size, done + groups - first, done + PART)
+        first, step, stop = _next_part(values.size, start, done, inner, groups)
         _find_buckets(values[done:stop], bounds, first, step, codes[done:stop])
         done = stop
 
@@ -226,12 +216,7 @@ def round_at_random(
     scaled, units = scratch[0], scratch[1]
     bits, unit_bits = scaled.view(np.int64), units.view(np.int64)
     while done < values.size:
-        if inner > 0:
-            run = (start + done) // inner
-            first, step, stop = run % groups, 0, min(values.size, (run + 1) * inner - start, done + PART)
-        else:
-            first, step = (start + done) % groups, 1
-            stop = min(values.size, done + groups - first, done + PART)
+        first, step, stop = _next_part(values.size, start, done, inner, groups)
         part, out = values[done:stop], rounded[done:stop]
         for k in range(part.size):
             scaled[k] = np.float64(part[k]) * inverse[first + k * step]
@@ -244,6 +229,21 @@ def round_at_random(
         for k in range(part.size):
             out[k] = min(max(np.floor(scaled[k]) * units[k], -most), most)
         done = stop
+
+
+@kernel
+def _next_part(size: int, start: int, done: int, inner: int, groups: int) -> tuple[int, int, int]:
+    """Of at most `PART` values from `done` on, of a block that begins with element `start`.
+
+    Returns:
+        The group of the first; how much further that of the next is, 1 by columns, where `inner` is 0, and else
+        0; and where the part ends in the block.
+    """
+    if inner > 0:
+        run = (start + done) // inner
+        return run % groups, 0, min(size, (run + 1) * inner - start, done + PART)
+    first = (start + done) % groups
+    return first, 1, min(size, done + groups - first, done + PART)
 
 
 @kernel

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from fxsplit.compressors.numba_support import kernel
 
 
-@njit(cache=True)
+@kernel
 def shortest_paths(
     forward: Any, backward: Any, weights: Any, limits: Any, hops: Any, pair: Any, leaves_out: bool,
     longest_there: float, longest_back: float,
@@ -56,7 +57,7 @@ def shortest_paths(
     return cost, begin, before
 
 
-@njit(cache=True)
+@kernel
 def _is_too_much(
     forward: Any, backward: Any, weights: Any, limits: Any, device: int, start: int, end: int,
     longest_there: float, longest_back: float,

@@ -13,9 +13,6 @@ from fxsplit.compressors.learned import split_learned
 from fxsplit.errors import CompressorError
 from fxsplit.spec import TensorSpec
 
-CANDIDATES = ("none", "bf16", "uniform8", "fastquant8", "sortquant8", "uniform4", "fastquant4", "sortquant4")
-"""What is tried if a guard names no compressors."""
-
 
 @dataclass(frozen=True)
 class Guard:

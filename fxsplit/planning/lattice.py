@@ -312,11 +312,6 @@ def _add(hops: dict[Pair, HopBound], pair: Pair, by_codec: Sequence[_Hop], choos
     hops[pair] = HopBound(total, latency, encode, wire, decode)
 
 
-def prefix_s(seconds: Sequence[float]) -> FloatArray:
-    """Sums of all seconds before each index."""
-    return np.concatenate([[0.0], np.cumsum(np.array(seconds, np.float64))])
-
-
 def prefix(counts: Sequence[int]) -> IntArray:
     """Sums of all counts before each index."""
     return np.concatenate([[0], np.cumsum(np.array(counts, np.int64))]).astype(np.int64)

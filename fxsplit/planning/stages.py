@@ -63,11 +63,6 @@ class Codecs:
                 )
         return cls(found, back)
 
-    @property
-    def are_equal(self) -> bool:
-        """Whether all cuts have the same."""
-        return len(set(self.forward)) <= 1 and len(set(self.backward)) <= 1
-
     def edge(self, value: Value, source: int, target: int, workers: tuple[str, ...]) -> Edge:
         """The edge of `value` between two stages.
 

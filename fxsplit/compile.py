@@ -57,6 +57,7 @@ def compile(
     verify: bool = True,
     deferred_batch_norm: bool = False,
     checkpoint: str | Sequence[str] = "never",
+    cuda_graphs: bool = False,
     listen: str | None = None,
     token: str | None = None,
 ) -> Pipeline:
@@ -94,6 +95,9 @@ def compile(
             SyncBatchNorm is refused.
         checkpoint: "always" keeps the inputs of a stage and computes the rest again in its backward; "except_last"
             spares the last micro-batch; "never". One for all stages, or a list of one for each.
+        cuda_graphs: stages on GPUs are replayed as CUDA graphs, one launch for a forward or backward of a
+            micro-batch, with the same numbers. Each micro-batch that is kept at a time has memory of its own. A
+            stage that cannot be recorded is run as it is, and a warning says why.
         listen: "HOST:PORT" at which the named workers join from other machines, by `fxsplit worker --join`; see
             docs/security.md. "torchrun": rank 0 is the client, and on every other rank this call is
             `fxsplit.serve()`. Not given: all workers are processes of this host.
@@ -138,7 +142,8 @@ def compile(
     if built is not None and len(built.plan.devices) != len(placements):
         placements = parse_devices(built.plan.devices)
         policies = parse_policies(checkpoint, len(placements))
-    return Pipeline(model, placements, count, chosen, builder, built, deferred_batch_norm, has_learned, policies)
+    asked_of_stages = deferred_batch_norm, has_learned, policies, cuda_graphs
+    return Pipeline(model, placements, count, chosen, builder, built, *asked_of_stages)
 
 
 @dataclass

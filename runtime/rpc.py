@@ -73,6 +73,8 @@ class RpcEndpoint:
         handler: runs commands that arrive.
     """
 
+    is_immediate = False
+
     def __init__(self, name: str, session: str, handler: CommandHandler) -> None:
         self.name = name
         self.mailbox = Mailbox()

@@ -3,8 +3,8 @@
 The micro-batches of a pipeline are small, and a GPU does the work of one faster than Python can launch it. So a
 stage runs as it is until it has done one micro-batch of a kind (shapes, mode, autocast) and is known not to need
 Python in between; then its forward and its backward are recorded, once for each micro-batch that is kept at a time
-(a slot), and replayed from then on. Recording does nothing to buffers or generators, and a replay does exactly what
-the recorded operations did, in their order: the numbers are those of the stage as it is, bit for bit.
+(a slot), and replayed from then on. Recording does nothing to buffers or generators, and a replay does what the
+recorded operations did, in their order: the numbers are those of the stage as it is, bit for bit.
 
 Gradients of parameters are added to buffers that stay; a parameter's `grad` is its buffer as soon as a replay has
 added to it.

@@ -150,11 +150,13 @@ def test_a_stage_that_cannot_be_recorded_runs_as_it_is(checkpoint: str, reason: 
     model = nn.Sequential(nn.Linear(4, 4), Picky())
     options: dict[str, Any] = {"cuts": ["1"], "transport": "in_process", "checkpoint": checkpoint}
     x = torch.randn(4, 4)
-    with fxsplit.compile(model, ["cpu", "a/cpu"], cuda_graphs=True, **options) as pipe:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for _ in range(4):
-                assert torch.equal(pipe.step(x, loss_fn=torch.sum).output, model(x))
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        fxsplit.compile(model, ["cpu", "a/cpu"], cuda_graphs=True, **options) as pipe,
+    ):
+        warnings.simplefilter("always")
+        for _ in range(4):
+            assert torch.equal(pipe.step(x, loss_fn=torch.sum).output, model(x))
     said = [str(w.message) for w in caught if "stage 1 is not replayed as a CUDA graph" in str(w.message)]
     assert len(said) == 1 and reason in said[0]
     assert len(replays) == (6 if checkpoint == "never" else 0), "the other stage is recorded"

@@ -28,7 +28,9 @@ from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.runtime.built import Built
 from fxsplit.runtime.checkpointing import parse_policies
 from fxsplit.runtime.deferred_batch_norm import check_batch_norms
+from fxsplit.runtime.device_maps import sole_gpus
 from fxsplit.runtime.pipeline import Pipeline
+from fxsplit.runtime.rpc import Rpc
 from fxsplit.runtime.transports import listening
 from fxsplit.runtime.transports import transport as find_transport
 from fxsplit.schedules import Times
@@ -133,6 +135,8 @@ def compile(
     if deferred_batch_norm:
         check_batch_norms(model)
     chosen = find_transport(transport) if listen is None else listening(listen, token, placements, transport)
+    if isinstance(chosen, Rpc):
+        chosen.gpus = sole_gpus(placements)
     _check_shared_devices(placements, transport)
     options: dict[str, Any] = {"cuts": cuts, "chunks": chunks, "schedule": schedule, "budget": budget}
     options |= {**asked, "placement": placement, "guard": guard, "profile": profile}

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_all
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.packet import Key, Packet, pack, unpack
 from fxsplit.runtime.randomness import Randomness, set_states, state_key
 from fxsplit.runtime.report import LinkTraffic, RunReport
+from fxsplit.runtime.run import Run
 from fxsplit.runtime.scheduler import Scheduler
 from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.streams import brought
@@ -35,28 +36,6 @@ from fxsplit.trace.replay import Surroundings
 
 _ABORT_WAIT_S = 5.0
 _LOSS_WAIT_S = 1.0
-
-
-@dataclass
-class Run:
-    """One forward of the pipeline, and what its backward needs.
-
-    Attributes:
-        number: its name in the keys of its packets.
-        mode: what runs.
-        edges: the edges that bring the outputs.
-        needs_gradient: (micro-batch, index of the edge) -> whether that output leads a gradient back.
-        inputs: the edges that took inputs away for which the caller wants a gradient, by micro-batch and leaf.
-        outputs_at: the worker that the model's outputs go to: the client's, or the one that makes the loss.
-    """
-
-    number: int
-    mode: Mode
-    chunks: int
-    edges: tuple[Edge, ...] = ()
-    needs_gradient: set[tuple[int, int]] = field(default_factory=set)
-    inputs: list[tuple[int, int, Edge]] = field(default_factory=list)
-    outputs_at: str = CLIENT_NAME
 
 
 class Engine:

@@ -17,66 +17,19 @@ from fxsplit.errors import PipelineError
 from fxsplit.runtime.checkpointing import is_checkpointed, run_checkpointed
 from fxsplit.runtime.courier import Courier, SendError
 from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
-from fxsplit.runtime.graphs import Inspection, Lease, StageGraphs
+from fxsplit.runtime.graphs import Lease, StageGraphs
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.packet import GradientTap, Key, Packet, pack, unpack
-from fxsplit.runtime.randomness import Randomness, seeded, set_states, state_key, states
+from fxsplit.runtime.randomness import seeded, set_states, state_key, states
 from fxsplit.runtime.report import RunReport
+from fxsplit.runtime.run_state import RunState, Saved
 from fxsplit.runtime.split_backward import SplitBackward
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.schedules import Action, Work
-from fxsplit.stage import CLIENT, Edge, Mode, StageModule
+from fxsplit.stage import CLIENT, Edge, StageModule
 from fxsplit.trace.replay import Surroundings
 
 _AHEAD = 2  # actions whose packets are decoded beforehand
-
-
-@dataclass
-class _Saved:
-    """What a stage's backward of one micro-batch needs.
-
-    Attributes:
-        taps: where the gradients of the inputs come out, if the stage was run as it is.
-        values: those that left and lead a gradient back.
-        weights: the second part of a backward in two.
-        inspection: looks at it, if the stage was run as it is.
-        lease: the slot, if it was replayed.
-        waiting: the edge of each input whose maker waits for a gradient, then.
-    """
-
-    taps: dict[Edge, GradientTap]
-    values: dict[str, Tensor]
-    weights: SplitBackward | None = None
-    inspection: Inspection | None = None
-    lease: Lease | None = None
-    waiting: tuple[Edge | None, ...] = ()
-
-
-@dataclass
-class RunState:
-    """One forward of the pipeline that may still be followed by its backward.
-
-    Attributes:
-        mode: which graphs run.
-        randomness: how stages draw.
-        saved: by stage and micro-batch.
-    """
-
-    mode: Mode
-    randomness: Randomness | None = None
-    saved: dict[tuple[int, int], _Saved] = field(default_factory=dict)
-
-    @property
-    def has_graph(self) -> bool:
-        """Whether a graph of autograd's is alive for it."""
-        return any(saved.lease is None and saved.values for saved in self.saved.values())
-
-    def forget(self) -> None:
-        """Its backward will not come."""
-        for saved in self.saved.values():
-            if saved.lease is not None:
-                saved.lease.release()
-        self.saved.clear()
 
 
 @dataclass(frozen=True)
@@ -261,7 +214,7 @@ class Executor:
             if self._holding.graphs is not None:
                 self._holding.graphs.mode_changed(action.stage)
         ports = module.ports(mode)
-        saved = _Saved({}, {})
+        saved = Saved({}, {})
         inputs = []
         for edge in ports.inputs:
             value, requires_grad = self._take(edge, action, backward=False)
@@ -283,7 +236,7 @@ class Executor:
         elif saved.lease is not None:
             saved.lease.release()
 
-    def _replay_or_run(self, action: Action, inputs: list[tuple[Any, bool]], saved: _Saved) -> tuple[Any, ...]:
+    def _replay_or_run(self, action: Action, inputs: list[tuple[Any, bool]], saved: Saved) -> tuple[Any, ...]:
         """The values that leave a stage; what its backward needs goes to `saved`. The inputs are used up."""
         edges = self._ports(action).inputs
         if (graphs := self._holding.graphs) is not None:
@@ -380,7 +333,7 @@ class Executor:
         saved.taps = {}
 
     def _replay_backward(
-        self, action: Action, saved: _Saved, lease: Lease, gradients: Mapping[str, Tensor]
+        self, action: Action, saved: Saved, lease: Lease, gradients: Mapping[str, Tensor]
     ) -> None:
         """A recorded backward, or the first part of it."""
         index = {name: i for i, name in enumerate(self._ports(action).outputs)}

@@ -13,7 +13,7 @@ from fxsplit.compressors.decaying_linear import Shrink
 from fxsplit.runtime import shipping
 from fxsplit.runtime.courier import Courier
 from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
-from fxsplit.runtime.executor import Executor, Holding, RunState
+from fxsplit.runtime.executor import Executor, Holding
 from fxsplit.runtime.failure import Failure
 from fxsplit.runtime.graphs import StageGraphs, refusal
 from fxsplit.runtime.imitation import Imitation
@@ -22,6 +22,7 @@ from fxsplit.runtime.memory import peak_memory_bytes
 from fxsplit.runtime.parameters import ParameterStore
 from fxsplit.runtime.randomness import Randomness
 from fxsplit.runtime.report import RunReport
+from fxsplit.runtime.run_state import RunState
 from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.streams import Pace, mark
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint

@@ -68,13 +68,13 @@ def run(devices: list[str], kind: str, cuda_graphs: bool, steps: int = 4, **opti
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], exact: bool = True) -> None:
-    tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-3, "atol": 1e-4}
+    tolerance: dict[str, Any] = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-3, "atol": 1e-4}
     for one, other in zip(found["losses"], expected["losses"], strict=True):
         torch.testing.assert_close(one, other, **tolerance)
     for part in ("gradients", "state"):
         assert found[part].keys() == expected[part].keys()
         for name, value in expected[part].items():
-            torch.testing.assert_close(found[part][name], value, msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+            torch.testing.assert_close(found[part][name], value, msg=name, **tolerance)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_cpu_client_and_a_gpu_server_with_graphs(replays: list[int]) -> None:
 @pytest.mark.parametrize("codec", ["none", "sortquant8"])
 def test_a_cpu_client_through_a_codec(codec: str, transport: str) -> None:
     """Encoded and decoded on streams beside the computation: the same each time."""
-    options = {"compressor": codec, "transport": transport}
+    options: dict[str, Any] = {"compressor": codec, "transport": transport}
     devices = ["cpu", "server/cuda:0", "cpu"]
     assert_same(run(devices, "mobilenet", True, **options), run(devices, "mobilenet", False, **options))
 
@@ -128,9 +128,9 @@ def test_checkpointed_stages_are_said_to_run_as_they_are(policy: str, replays: l
 
 def test_bf16_autocast_with_graphs(replays: list[int]) -> None:
     with torch.autocast("cuda", torch.bfloat16):
-        found = run(["cuda:0"] * 2, "mobilenet", True)
+        found = run(["cuda:0"] * 2, "mobilenet", True, verify=False)
         assert replays
-        assert_same(found, run(["cuda:0"] * 2, "mobilenet", False))
+        assert_same(found, run(["cuda:0"] * 2, "mobilenet", False, verify=False))
 
 
 def test_calls_with_the_callers_backward(replays: list[int]) -> None:

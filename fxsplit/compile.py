@@ -28,6 +28,7 @@ from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.runtime.built import Built
 from fxsplit.runtime.checkpointing import parse_policies
 from fxsplit.runtime.deferred_batch_norm import check_batch_norms
+from fxsplit.runtime.group import TIMEOUT_S
 from fxsplit.runtime.pipeline import Pipeline
 from fxsplit.runtime.transports import listening
 from fxsplit.runtime.transports import transport as find_transport
@@ -59,6 +60,7 @@ def compile(
     checkpoint: str | Sequence[str] = "never",
     listen: str | None = None,
     token: str | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> Pipeline:
     """Splits a model over devices and starts the pipeline that runs it.
 
@@ -98,6 +100,8 @@ def compile(
             docs/security.md. "torchrun": rank 0 is the client, and on every other rank this call is
             `fxsplit.serve()`. Not given: all workers are processes of this host.
         token: what they must know; the environment's FXSPLIT_TOKEN if not given, else one is made and printed.
+        timeout_s: how long a worker may be silent before it is given up. It says once a second that it lives,
+            however long it computes. One that has died is noticed at once.
 
     Returns:
         the pipeline: call it as the model.
@@ -125,6 +129,8 @@ def compile(
         name = "chunks" if chunks == AUTO else "placement"
         raise PlanError(f"{name}='auto' looks at the batch", found="no example_inputs", hint="give example_inputs")
     check_names(model, cuts or ())
+    if not timeout_s > 0:
+        raise PipelineError("not a time-out", where="timeout_s", found=repr(timeout_s), allowed="seconds, above 0")
     policies = parse_policies(checkpoint, len(placements))
     if deferred_batch_norm:
         check_batch_norms(model)
@@ -138,7 +144,9 @@ def compile(
     if built is not None and len(built.plan.devices) != len(placements):
         placements = parse_devices(built.plan.devices)
         policies = parse_policies(checkpoint, len(placements))
-    return Pipeline(model, placements, count, chosen, builder, built, deferred_batch_norm, has_learned, policies)
+    return Pipeline(
+        model, placements, count, chosen, builder, built, deferred_batch_norm, has_learned, policies, timeout_s
+    )
 
 
 @dataclass

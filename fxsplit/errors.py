@@ -93,6 +93,22 @@ class WorkerError(PipelineError):
     """A worker died, did not start, or raised an exception."""
 
 
+class WorkerLost(WorkerError):
+    """A worker died, hangs, or cannot be reached.
+
+    Attributes:
+        worker: its name.
+        stage: what it was at when it was last heard of; None if that was no action of a stage.
+        micro_batch: the same.
+        cause: how it was lost, in words.
+    """
+
+    worker: str = ""
+    stage: int | None = None
+    micro_batch: int | None = None
+    cause: str = ""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names most like `name`, for the hint of an error; all of them if none is like it and they are few.
 

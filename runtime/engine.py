@@ -1,10 +1,10 @@
-"""The client's engine: sets workers to work, feeds inputs, collects outputs, and notices when one fails."""
+"""The client's engine: sets workers to work, feeds inputs and collects outputs."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_all
 from dataclasses import dataclass, field, replace
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsplit.errors import PipelineError, WorkerError
 from fxsplit.planning import Plan
 from fxsplit.runtime import shipping
 from fxsplit.runtime.failure import raise_failure
+from fxsplit.runtime.group import TIMEOUT_S, Group
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.packet import Key, Packet, pack, unpack
@@ -24,8 +24,7 @@ from fxsplit.runtime.randomness import Randomness, set_states, state_key
 from fxsplit.runtime.report import LinkTraffic, RunReport
 from fxsplit.runtime.scheduler import Scheduler
 from fxsplit.runtime.settings import TorchSettings
-from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, Transport, wait, wait_done
-from fxsplit.runtime.worker import Worker
+from fxsplit.runtime.transport import CLIENT_NAME, Transport, wait
 from fxsplit.schedules import Action, GPipe, Orders
 from fxsplit.split import Boundary, SplitModel
 from fxsplit.stage import CLIENT, Edge, Mode
@@ -57,46 +56,24 @@ class Run:
     outputs_at: str = CLIENT_NAME
 
 
-class Engine:
+class Engine(Group):
     """Runs split models over a transport. Not safe to call from several threads at once."""
 
     def __init__(
-        self, transport: Transport, deferred_batch_norm: bool = False, checkpoint: Sequence[str] = ()
+        self,
+        transport: Transport,
+        deferred_batch_norm: bool = False,
+        checkpoint: Sequence[str] = (),
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
+        super().__init__(transport, timeout_s)
         self.metrics = Metrics()
-        self.remote: tuple[str, ...] = ()
-        self._transport = transport
         self._deferred_batch_norm = deferred_batch_norm
         self._checkpoint = tuple(checkpoint)
-        self._endpoint: Endpoint | None = None
-        self._worker: Worker | None = None
         self._numbers = itertools.count(1)
         self._discards: list[tuple[int, bool]] = []
         self._split: SplitModel | None = None
         self.backwards = 0  # how many have run: whatever was fetched of the gradients before is out of date
-
-    # ------------------------------------------------------------------ life
-
-    def start(self, workers: Iterable[str]) -> None:
-        """Starts the workers beside the client.
-
-        Raises:
-            WorkerError: one of them did not start.
-        """
-        self.remote = tuple(dict.fromkeys(w for w in workers if w != CLIENT_NAME))
-        self._endpoint = self._transport.start(self.remote, self._handle)
-        self._worker = Worker(self._endpoint, self._check)
-
-    def describe(self) -> dict[str, tuple[str, int]]:
-        """Host and process id by worker."""
-        return self._transport.describe()
-
-    def close(self) -> None:
-        """Ends all workers. Never hangs; may be called twice."""
-        if self._worker is not None:
-            self._worker.close()
-        self._endpoint = self._worker = None
-        self._transport.close()
 
     def load(self, split: SplitModel, plan: Plan, canonical: dict[str, str]) -> None:
         """Gives every worker its stages."""
@@ -113,70 +90,6 @@ class Engine:
             options = self._deferred_batch_norm, self._checkpoint
             futures[worker] = self._call(worker, "load", *arguments, *options)
         self._gather(futures)
-
-    # ------------------------------------------------------------------ commands
-
-    def broadcast(self, command: str, *arguments: Any) -> dict[str, Any]:
-        """Runs a command on every worker, the client included, and returns the results by worker."""
-        return self._gather({w: self._call(w, command, *arguments) for w in (*self.remote, CLIENT_NAME)})
-
-    def call(self, worker: str, command: str, *arguments: Any) -> Any:
-        """Runs a command on one worker."""
-        return self._gather({worker: self._call(worker, command, *arguments)})[worker]
-
-    def _call(self, worker: str, command: str, *arguments: Any) -> Future[Any]:
-        if worker == CLIENT_NAME:
-            return self._handle(command, arguments)
-        return self._open().call(worker, command, *arguments)
-
-    def _handle(self, command: str, arguments: tuple[Any, ...]) -> Future[Any]:
-        """The client's own commands run in the calling thread, where its autocast and seeds are."""
-        result: Future[Any] = Future()
-        self._open()
-        assert self._worker is not None
-        result.set_result(self._worker.execute(command, arguments))
-        return result
-
-    def _gather(self, futures: dict[str, Future[Any]]) -> dict[str, Any]:
-        pending = list(futures.values())
-        for future in pending:
-            wait_done(future, lambda: self._check_all(pending))
-        results = {worker: self._result(future) for worker, future in futures.items()}
-        for result in results.values():
-            raise_failure(result)
-        return results
-
-    def _result(self, future: Future[Any]) -> Any:
-        try:
-            return future.result()
-        except WorkerError:
-            # The connection ends a little before the process is gone; how it went says more.
-            end = time.monotonic() + _LOSS_WAIT_S
-            while time.monotonic() < end:
-                self._check()
-                time.sleep(0.02)
-            raise
-
-    def _open(self) -> Endpoint:
-        if self._endpoint is None:
-            raise PipelineError("the pipeline is closed", hint="compile the model again")
-        return self._endpoint
-
-    def _check(self) -> None:
-        if reason := self._transport.lost():
-            raise WorkerError(
-                f"lost a worker: {reason}",
-                hint="the pipeline cannot go on; close it and compile the model again",
-            )
-
-    def _check_all(self, futures: Iterable[Future[Any]]) -> None:
-        for future in futures:
-            if future.done() and future.exception() is None:
-                raise_failure(future.result())
-        self._check()
-        for future in futures:
-            if future.done():
-                self._result(future)
 
     # ------------------------------------------------------------------ steps
 
@@ -401,12 +314,16 @@ class _Phase:
                 if isinstance(report, RunReport):
                     self._add(report)
             return
-        if engine._endpoint is None or engine._transport.lost():
+        if engine._endpoint is None:
             return
         reason = f"given up, since another worker failed: {error}"
         engine._endpoint.mailbox.abort(number, reason)
-        for worker in engine.remote:
+        lost = engine._transport.lost(engine._timeout_s)
+        others = [worker for worker in engine.remote if lost is None or worker != lost.name]
+        for worker in others:
             engine._call(worker, "abort", number, reason)
-        wait_all(self._futures.values(), timeout=_ABORT_WAIT_S)
+        wait_all([self._futures[worker] for worker in others], timeout=_ABORT_WAIT_S)
+        if lost is not None:
+            return  # the others are idle now
         engine.discard(number, undo=True)
         engine.flush_discards()

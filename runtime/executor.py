@@ -23,6 +23,7 @@ from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.split_backward import SplitBackward
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.schedules import Action, Work
+from fxsplit.spec import TensorSpec
 from fxsplit.stage import CLIENT, Edge, Mode, StageModule
 from fxsplit.trace.replay import Surroundings
 
@@ -81,6 +82,11 @@ class Executor:
         holding: the stages.
         memories: what compressors keep from step to step, by end of an edge and micro-batch.
         check: raises if waiting makes no more sense.
+        begins: told of each action as it begins.
+
+    Attributes:
+        action: the one under way.
+        shapes: of the inputs of its stage, for error messages; empty before they are there.
     """
 
     def __init__(
@@ -90,8 +96,11 @@ class Executor:
         holding: Holding,
         memories: dict[tuple[Any, ...], dict[str, Tensor]],
         check: Callable[[], None],
+        begins: Callable[[Action], None] = lambda action: None,
     ) -> None:
         self.action: Action | None = None
+        self.shapes = ""
+        self._begins = begins
         self._endpoint = endpoint
         self._courier = courier
         self._holding = holding
@@ -124,7 +133,8 @@ class Executor:
         self._ends = (*self._holding.workers, CLIENT_NAME if loss is None else loss.worker)
         try:
             for index, action in enumerate(actions):
-                self.action = action
+                self.action, self.shapes = action, ""
+                self._begins(action)
                 for later in actions[index : index + 1 + _AHEAD]:
                     self._announce(later)
                 self._courier.check()
@@ -231,6 +241,7 @@ class Executor:
                 value = taps[edge].tensor
             inputs.append(value)
             del value  # the stage may free what it does not keep
+        self.shapes = ", ".join(str(TensorSpec.of(v)) for v in inputs if isinstance(v, Tensor))
         with self._drawing(action), self._report.timing(action.work, action), self._surroundings.active():
             values = dict(zip(ports.outputs, self._compute(action, inputs), strict=True))
         del inputs

@@ -29,6 +29,8 @@ from fxsplit.runtime.handshake import (
     refusal_of,
     send_message,
 )
+from fxsplit.runtime.pulse import Place
+from fxsplit.runtime.transport import LostWorker
 
 _HANDSHAKE_S = 10.0
 _POLL_S = 0.05
@@ -100,6 +102,7 @@ class Gate:
         wanted: the devices of each worker that is waited for, by name.
         session: names this group of workers; they are told it.
         threads: of one operation; they are told it, too.
+        heard: told what a member says that it is at.
 
     Raises:
         DeviceError: the address is none, or cannot be listened at.
@@ -110,6 +113,7 @@ class Gate:
     wanted: Mapping[str, Sequence[str]]
     session: str
     threads: int
+    heard: Callable[[str, Place], None] = lambda name, place: None
     members: dict[str, Member] = field(default_factory=dict)
     has_problem: WorkerError | None = None
 
@@ -151,8 +155,8 @@ class Gate:
             raise self.has_problem
         if self._is_closed:
             raise WorkerError("the pipeline was closed while workers joined")
-        if reason := self.lost():
-            raise WorkerError(f"a worker did not start: {reason}")
+        if lost := self.lost():
+            raise WorkerError(f"a worker did not start: worker {lost.name}, {lost.cause}")
 
     def await_all(self, timeout_s: float, check: Callable[[], None]) -> None:
         """Returns when all workers have joined.
@@ -174,14 +178,14 @@ class Gate:
                 )
             time.sleep(_POLL_S)
 
-    def lost(self) -> str | None:
+    def lost(self) -> LostWorker | None:
         """The first worker whose connection has ended."""
         with self._lock:
             ended = [member for member in self.members.values() if member.ending is not None]
         if not ended:
             return None
         who = ended[0].identity
-        return f"worker {who.name} (process {who.pid} on {who.host}) {ended[0].ending}"
+        return LostWorker(who.name, f"process {who.pid} on {who.host} {ended[0].ending}")
 
     def close(self) -> None:
         """Stops listening and hangs up: a worker that loses its connection ends."""
@@ -213,7 +217,11 @@ class Gate:
             connection.settimeout(None)
             keep_alive(connection)
             while True:
-                send_message(connection, self._answer(receive_message(connection)))
+                request = receive_message(connection)
+                if request.get("do") == "beat":
+                    self.heard(member.identity.name, Place.of_message(request.get("place")))
+                else:
+                    send_message(connection, self._answer(request))
         except Refused as error:
             self._refuse(connection, error)
         except (OSError, WorkerError) as error:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fxsplit.runtime.packet import Key, Packet
-from fxsplit.runtime.transport import CLIENT_NAME, CommandHandler, Endpoint, Mailbox
+from fxsplit.runtime.transport import CLIENT_NAME, CommandHandler, Endpoint, LostWorker, Mailbox
 from fxsplit.runtime.worker import Worker
 
 
@@ -79,7 +79,7 @@ class InProcess:
         """All are here."""
         return dict.fromkeys(self._endpoints, (socket.gethostname(), os.getpid()))
 
-    def lost(self) -> str | None:
+    def lost(self, timeout_s: float) -> LostWorker | None:
         """Threads do not get lost."""
         return None
 

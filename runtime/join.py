@@ -27,6 +27,7 @@ from fxsplit.runtime.handshake import (
     receive_message,
     send_message,
 )
+from fxsplit.runtime.pulse import Place
 
 _HANDSHAKE_S = 10.0
 
@@ -81,6 +82,11 @@ class JoinedStore(Store):
         """Sets a value if it is what is expected."""
         request = {"do": "compare_set", "key": key, "expected": _text(expected), "desired": _text(desired)}
         return base64.b64decode(self._ask(request)["value"])
+
+    def beat(self, place: Place) -> None:
+        """Tells the client what this worker is at; there is no answer."""
+        with self._lock:
+            send_message(self._connection, {"do": "beat", "place": place})
 
 
 def _text(value: bytes | str) -> str:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, dataclass, field
 
 
@@ -24,6 +25,8 @@ class WorkerSettings:
         threads: threads for one operation; the client's number, since it can change the last bits of results.
         join: address at which it joins instead; the session and the two numbers are told there.
         token: for joining.
+        pulse: descriptor of the socket for signs of life; -1: none.
+        parent_pid: of the client, if the worker may be killed with the thread that has started it; else 0.
     """
 
     name: str
@@ -34,6 +37,8 @@ class WorkerSettings:
     threads: int
     join: str = ""
     token: str = field(default="", repr=False)
+    pulse: int = -1
+    parent_pid: int = field(default_factory=lambda: os.getpid() if _is_main_thread() else 0)
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -43,6 +48,10 @@ class WorkerSettings:
     def from_json(cls, line: str) -> WorkerSettings:
         """The settings from their line."""
         return cls(**json.loads(line))
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 class WorkerProcess:
@@ -57,6 +66,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is for the client, which then ends its workers
+            pass_fds=[settings.pulse] if settings.pulse >= 0 else [],
         )
         assert self._process.stdin is not None
         self._stdin = self._process.stdin
@@ -74,6 +84,8 @@ class WorkerProcess:
         code = self._process.poll()
         if code is None:
             return None
+        if code == -signal.SIGKILL:
+            return "was killed by SIGKILL: by somebody, or by the kernel when memory ran out"
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
 
     def hang_up(self) -> None:

@@ -25,6 +25,7 @@ from fxsplit.runtime.batches import check_batch, cut_batch
 from fxsplit.runtime.built import Builder, Built, WorkerInfo, worker_infos
 from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.gradients import Gradients
+from fxsplit.runtime.group import TIMEOUT_S
 from fxsplit.runtime.homes import canonical_names, homes_of
 from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.module_view import ModuleView
@@ -63,6 +64,7 @@ class Pipeline(ModuleView):
         deferred_batch_norm: bool = False,
         has_learned: bool = False,
         checkpoint: Sequence[str] = (),
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.training = model.training
         self._name = type(model).__name__
@@ -75,7 +77,7 @@ class Pipeline(ModuleView):
         self._model = model
         self._state_keys = list(model.state_dict())
         self._canonical = canonical_names(model)
-        self._engine = Engine(transport, deferred_batch_norm, checkpoint)
+        self._engine = Engine(transport, deferred_batch_norm, checkpoint, timeout_s)
         self._gradients = Gradients(self._engine)
         self._handles = OrderedDict(
             (name, ParameterHandle(name, parameter, self._gradients))

@@ -30,7 +30,8 @@ from fxsplit.runtime.gate import Gate
 from fxsplit.runtime.handshake import interface_of
 from fxsplit.runtime.launch import WorkerProcess, WorkerSettings
 from fxsplit.runtime.packet import Key, Packet
-from fxsplit.runtime.transport import CLIENT_NAME, CommandHandler, Endpoint, Mailbox
+from fxsplit.runtime.pulse import Heartbeats
+from fxsplit.runtime.transport import CLIENT_NAME, CommandHandler, Endpoint, LostWorker, Mailbox
 
 START_TIMEOUT_S = 60.0
 JOIN_TIMEOUT_S = float(os.environ.get("FXSPLIT_JOIN_TIMEOUT_S", "300"))
@@ -201,6 +202,7 @@ class Rpc:
         self._gate: Gate | None = None
         self._endpoint: RpcEndpoint | None = None
         self._closed = threading.Event()
+        self._heartbeats = Heartbeats()
 
     def start(self, workers: Sequence[str], handler: CommandHandler) -> Endpoint:
         """Starts one process a worker, or waits for it, and joins the group with them."""
@@ -218,6 +220,7 @@ class Rpc:
                 self._start_here(workers, session, self._endpoint)
             else:
                 self._let_in(workers, session, self._endpoint)
+            self._heartbeats.begin(tuple(workers))
         except BaseException:
             self.close()
             raise
@@ -231,7 +234,8 @@ class Rpc:
             store.set_timeout(datetime.timedelta(seconds=START_TIMEOUT_S))
             for rank, name in enumerate(workers, start=1):
                 settings = WorkerSettings(name, session, rank, len(workers) + 1, path, torch.get_num_threads())
-                self._processes.append(WorkerProcess(settings))
+                with self._heartbeats.socket_for(name) as pulse:
+                    self._processes.append(WorkerProcess(replace(settings, pulse=pulse.fileno())))
             self._await_ready(store)
             endpoint.join(store, 0, len(workers) + 1)
         finally:
@@ -241,7 +245,8 @@ class Rpc:
         """Workers with a name join from where they are; the others are started here and join, too."""
         assert self._listen is not None
         wanted = {name: self._joining.get(name, ()) for name in workers}
-        self._gate = Gate(self._listen, self._token, wanted, session, torch.get_num_threads())
+        heard = self._heartbeats.heard
+        self._gate = Gate(self._listen, self._token, wanted, session, torch.get_num_threads(), heard)
         for name in workers:
             if name not in self._joining:
                 settings = WorkerSettings(
@@ -253,15 +258,16 @@ class Rpc:
         endpoint.join(self._gate.store, 0, len(workers) + 1, interface_of(address))
 
     def _check_processes(self) -> None:
-        if reason := self._lost_process():
-            raise WorkerError(f"a worker did not start: {reason}", hint="its own message is above")
+        if lost := self._lost_process():
+            raise WorkerError(
+                f"a worker did not start: worker {lost.name}, {lost.cause}", hint="its own message is above"
+            )
 
     def _await_ready(self, store: Store) -> None:
         end = time.monotonic() + START_TIMEOUT_S
         waiting = [process.settings.name for process in self._processes]
         while waiting:
-            if reason := self.lost():
-                raise WorkerError(f"a worker did not start: {reason}", hint="its own message is above")
+            self._check_processes()
             if time.monotonic() > end:
                 raise WorkerError(
                     "workers did not start in time",
@@ -280,14 +286,23 @@ class Rpc:
             places |= {n: (m.identity.host, m.identity.pid) for n, m in self._gate.members.items()}
         return places
 
-    def lost(self) -> str | None:
-        """The first worker whose process, or connection, has ended."""
-        return self._lost_process() or (self._gate.lost() if self._gate is not None else None)
+    def lost(self, timeout_s: float) -> LostWorker | None:
+        """The first worker whose process, or connection, has ended; or which has been silent for so long."""
+        if lost := self._lost_process():
+            return replace(lost, place=self._heartbeats.place(lost.name))
+        if self._gate is not None and (ended := self._gate.lost()):
+            return replace(ended, place=self._heartbeats.place(ended.name))
+        if (silent := self._heartbeats.silent(timeout_s)) is None:
+            return None
+        name, silence_s = silent
+        host, pid = self.describe()[name]
+        cause = f"process {pid} on {host} has not been heard of for {silence_s:.1f} s: it hangs, or is cut off"
+        return LostWorker(name, cause, self._heartbeats.place(name))
 
-    def _lost_process(self) -> str | None:
+    def _lost_process(self) -> LostWorker | None:
         for process in self._processes:
             if (ending := process.ending()) is not None:
-                return f"worker {process.settings.name} (process {process.pid}) {ending}"
+                return LostWorker(process.settings.name, f"process {process.pid} {ending}")
         return None
 
     def close(self) -> None:
@@ -295,6 +310,7 @@ class Rpc:
         if self._closed.is_set():
             return
         self._closed.set()
+        self._heartbeats.close()
         if self._endpoint is not None:
             self._endpoint.close()
         if self._gate is not None:

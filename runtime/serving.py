@@ -14,6 +14,7 @@ from fxsplit.errors import WorkerError
 from fxsplit.runtime.allocator import keep_memory
 from fxsplit.runtime.handshake import interface_of
 from fxsplit.runtime.join import JoinedStore, end_with_client, join
+from fxsplit.runtime.pulse import Pulse
 from fxsplit.runtime.rpc import RpcEndpoint
 from fxsplit.runtime.worker import Worker
 
@@ -35,19 +36,20 @@ def serve_joined(
     """
     member = join(address, name, token, devices, patience_s)
     torch.set_num_threads(member.threads)
-    serving = Serving(name, member.session)
     store = JoinedStore(member.connection)
+    serving = Serving(name, member.session, Pulse(store.beat))
     serving.run(store, member.rank, member.world_size, interface_of(member.address), member.connection)
 
 
 class Serving:
     """A worker and its queue of commands; the main thread computes: the number of threads holds for it alone."""
 
-    def __init__(self, name: str, session: str) -> None:
+    def __init__(self, name: str, session: str, pulse: Pulse) -> None:
         keep_memory()
+        self._pulse = pulse
         self._commands: queue.SimpleQueue[tuple[str, tuple[Any, ...], Future[Any]]] = queue.SimpleQueue()
         self._endpoint = RpcEndpoint(name, session, self._handle)
-        self._worker = Worker(self._endpoint)
+        self._worker = Worker(self._endpoint, pulse=pulse)
 
     def run(self, store: Store, rank: int, world_size: int, interface: str, client: Any = None) -> NoReturn:
         """Becomes a member of the group and serves for ever."""
@@ -58,6 +60,7 @@ class Serving:
             raise WorkerError("the client ended before all workers were there", found=first_line) from error
         if client is not None:
             end_with_client(client)
+        self._pulse.start()
         while True:
             command, arguments, result = self._commands.get()
             result.set_result(self._worker.execute(command, arguments))

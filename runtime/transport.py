@@ -6,10 +6,12 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_any
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fxsplit.errors import PipelineError
 from fxsplit.runtime.packet import Key, Packet
+from fxsplit.runtime.pulse import Place
 
 CommandHandler = Callable[[str, tuple[Any, ...]], "Future[Any]"]
 
@@ -17,6 +19,21 @@ _REMEMBERED_RUNS = 256  # packets of a run that was given up may still be under 
 
 CLIENT_NAME = "client"
 """The worker that calls the pipeline."""
+
+
+@dataclass(frozen=True)
+class LostWorker:
+    """A worker that is gone, or silent.
+
+    Attributes:
+        name: the worker.
+        cause: which process it was, and how it was lost.
+        place: what it was at when it was last heard of, if it was.
+    """
+
+    name: str
+    cause: str
+    place: Place | None = None
 
 
 class Mailbox:
@@ -95,8 +112,8 @@ class Transport(Protocol):
     def describe(self) -> dict[str, tuple[str, int]]:
         """Host and process id of each worker."""
 
-    def lost(self) -> str | None:
-        """What happened to a worker that is gone, or None while all are there."""
+    def lost(self, timeout_s: float) -> LostWorker | None:
+        """A worker that is gone, or has been silent for longer than the time-out; None while all are there."""
 
     def close(self) -> None:
         """Ends all workers. Never hangs; may be called twice."""

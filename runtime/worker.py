@@ -19,6 +19,7 @@ from fxsplit.runtime.imitation import Imitation
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.memory import peak_memory_bytes
 from fxsplit.runtime.parameters import ParameterStore
+from fxsplit.runtime.pulse import IDLE, Place, Pulse
 from fxsplit.runtime.randomness import Randomness
 from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.settings import TorchSettings
@@ -35,10 +36,14 @@ class Worker:
     Args:
         endpoint: this worker's end of the transport.
         check: raises if waiting makes no more sense (a worker died, the run failed elsewhere).
+        pulse: told what this worker is at.
     """
 
-    def __init__(self, endpoint: Endpoint, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, endpoint: Endpoint, check: Callable[[], None] = lambda: None, pulse: Pulse | None = None
+    ) -> None:
         self._endpoint = endpoint
+        self._pulse = pulse or Pulse()
         self.check = check
         self._holding = Holding()
         self._runs: dict[int, RunState] = {}
@@ -63,14 +68,16 @@ class Worker:
     def execute(self, command: str, arguments: tuple[Any, ...]) -> Any:
         """The result of a command, or a `Failure`."""
         self._executor.action = None
+        self._pulse.at(Place(command))
         try:
             return self.commands[command](*arguments)
         except Exception as error:
             action = self._executor.action
-            place = (
-                f"{action.kind} of stage {action.stage}, micro-batch {action.micro_batch}" if action else command
-            )
-            return Failure.of(self._endpoint.name, place, action.micro_batch if action else None, error)
+            place = str(_place_of(action)) if action else command
+            shapes = self._executor.shapes if action else None
+            return Failure.of(self._endpoint.name, place, action.micro_batch if action else None, error, shapes)
+        finally:
+            self._pulse.at(IDLE)
 
     # ------------------------------------------------------------------ commands
 
@@ -115,7 +122,8 @@ class Worker:
 
     def _new_executor(self) -> Executor:
         check = lambda: self.check()  # noqa: E731  # the client's changes with each run
-        return Executor(self._endpoint, self._courier, self._holding, self._memories, check)
+        begins = lambda action: self._pulse.at(_place_of(action))  # noqa: E731
+        return Executor(self._endpoint, self._courier, self._holding, self._memories, check, begins)
 
     def run(
         self,
@@ -184,3 +192,7 @@ class Worker:
     def close(self) -> None:
         """Ends the threads beside this one."""
         self._courier.close()
+
+
+def _place_of(action: Action) -> Place:
+    return Place(action.kind, action.stage, action.micro_batch)

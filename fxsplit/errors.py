@@ -81,6 +81,10 @@ class DeviceError(FxsplitError):
     """A device or worker that does not exist here."""
 
 
+class SnapshotError(FxsplitError):
+    """A snapshot cannot be written, or what is read is none, or is damaged."""
+
+
 class InputError(FxsplitError):
     """A call of the pipeline with inputs it cannot take."""
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_all
 from dataclasses import dataclass, field, replace
@@ -70,7 +69,8 @@ class Engine(Group):
         self.metrics = Metrics()
         self._deferred_batch_norm = deferred_batch_norm
         self._checkpoint = tuple(checkpoint)
-        self._numbers = itertools.count(1)
+        self.committed = 0  # steps of optimizers
+        self._next_run = 1
         self._discards: list[tuple[int, bool]] = []
         self._split: SplitModel | None = None
         self.backwards = 0  # how many have run: whatever was fetched of the gradients before is out of date
@@ -107,7 +107,7 @@ class Engine(Group):
         start = time.perf_counter()
         boundary = self._boundary(mode)
         edges = tuple(dict.fromkeys(leaf for leaf in boundary.outputs if isinstance(leaf, Edge)))
-        run = Run(next(self._numbers), mode, len(chunks), edges)
+        run = Run(self._new_run_number(), mode, len(chunks), edges)
         self.flush_discards()
         randomness = Randomness.of_run(self._draws(mode), len(chunks))
         with _Phase(self, run, self._halves(forward=True), grad, randomness) as phase:
@@ -163,7 +163,7 @@ class Engine(Group):
         """
         start = time.perf_counter()
         boundary = self._boundary(mode)
-        run = Run(next(self._numbers), mode, len(chunks), loss.edges, outputs_at=loss.worker)
+        run = Run(self._new_run_number(), mode, len(chunks), loss.edges, outputs_at=loss.worker)
         self.flush_discards()
         self.backwards += 1
         randomness = Randomness.of_run(self._draws(mode), len(chunks))
@@ -180,6 +180,34 @@ class Engine(Group):
         self.metrics.total_s += time.perf_counter() - start
         losses = [value.to(self._device()) for report in phase.reports for value in report.losses]
         return sum(losses[1:], losses[0]), outputs  # in the order of the micro-batches, as a loop would
+
+    def optimizer_step(self, optimizer: int, options: Sequence[Mapping[str, Any]], factor: float) -> None:
+        """One step of an optimizer: by all workers, or by none.
+
+        Every worker prepares it. When all have, they are told to commit, which cannot fail: it forgets how to take
+        the step back. If one has not, the others are told to take it back.
+
+        Args:
+            optimizer: its number.
+            options: of its parameter groups.
+            factor: by which gradients are scaled before.
+        """
+        step = self.committed + 1
+        arguments = "prepare_step", step, optimizer, options, factor
+        futures = {worker: self._call(worker, *arguments) for worker in (*self.remote, CLIENT_NAME)}
+        try:
+            self._gather(futures)
+        except BaseException:
+            if self._endpoint is not None:
+                lost = self._transport.lost(self._timeout_s)
+                others = [w for w in (*self.remote, CLIENT_NAME) if lost is None or w != lost.name]
+                wait_all([futures[w] for w in others], timeout=_ABORT_WAIT_S)
+                told = [self._call(w, "roll_back_step", step) for w in others]
+                wait_all(told, timeout=_ABORT_WAIT_S)
+            raise
+        self.committed = step
+        for worker in (*self.remote, CLIENT_NAME):
+            self._call(worker, "commit_step", step)
 
     def discard(self, number: int, undo: bool = False) -> None:
         """Notes that a run's backward will not come; the workers are told with the next run."""
@@ -203,6 +231,11 @@ class Engine(Group):
         edges = dict.fromkeys(leaf for leaf in boundary.outputs if isinstance(leaf, Edge))
         by_edge = dict(zip(edges, values, strict=True))
         return [by_edge[leaf] if isinstance(leaf, Edge) else leaf for leaf in boundary.outputs]
+
+    def _new_run_number(self) -> int:
+        number = self._next_run
+        self._next_run += 1
+        return number
 
     def _boundary(self, mode: Mode) -> Boundary:
         assert self._split is not None

@@ -9,7 +9,7 @@ from typing import Any
 
 from fxsplit.errors import PipelineError, WorkerError
 from fxsplit.runtime.failure import loss_of, raise_failure
-from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, LostWorker, Transport, wait_done
+from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, LostWorker, Transport, hand_over, wait_done
 from fxsplit.runtime.worker import Worker
 
 TIMEOUT_S = 30.0
@@ -82,7 +82,7 @@ class Group:
         result: Future[Any] = Future()
         self._open()
         assert self._worker is not None
-        result.set_result(self._worker.execute(command, arguments))
+        hand_over(self._worker.execute(command, arguments), result)
         return result
 
     def _gather(self, futures: dict[str, Future[Any]]) -> dict[str, Any]:

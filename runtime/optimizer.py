@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +67,6 @@ class PipelineOptimizer(Optimizer):
     all parameters together (LBFGS) do not work this way and are refused.
     """
 
-    _numbers = itertools.count()
-
     def __init__(
         self,
         kind: type[Optimizer],
@@ -98,11 +95,11 @@ class PipelineOptimizer(Optimizer):
         super().__init__([dict(group) for group in template.param_groups], template.defaults)
         self.kind = kind
         self._gradients = gradients
-        self._number = next(PipelineOptimizer._numbers)
+        self._number = gradients.new_optimizer_number()
         self.is_created = False
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step on every worker; returns when all have made it.
+        """One step on every worker; returns when all have made it. If one fails, none has.
 
         Raises:
             PipelineError: the gradients of the handles were changed by anything but one common factor.
@@ -115,7 +112,7 @@ class PipelineOptimizer(Optimizer):
         factor = self._gradients.common_factor()
         self._gradients.share_tied()
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        self._gradients.engine.broadcast("optimizer_step", self._number, options, factor)
+        self._gradients.engine.optimizer_step(self._number, options, factor)
         self._gradients.unshare_tied()
         return loss
 

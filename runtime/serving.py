@@ -16,6 +16,7 @@ from fxsplit.runtime.handshake import interface_of
 from fxsplit.runtime.join import JoinedStore, end_with_client, join
 from fxsplit.runtime.pulse import Pulse
 from fxsplit.runtime.rpc import RpcEndpoint
+from fxsplit.runtime.transport import hand_over
 from fxsplit.runtime.worker import Worker
 
 
@@ -63,7 +64,7 @@ class Serving:
         self._pulse.start()
         while True:
             command, arguments, result = self._commands.get()
-            result.set_result(self._worker.execute(command, arguments))
+            hand_over(self._worker.execute(command, arguments), result)
             del command, arguments, result
 
     def _handle(self, command: str, arguments: tuple[Any, ...]) -> Future[Any]:

@@ -119,6 +119,22 @@ class Transport(Protocol):
         """Ends all workers. Never hangs; may be called twice."""
 
 
+def hand_over(outcome: Any, result: Future[Any]) -> None:
+    """Sets the result of a command: what it returned, or what comes of the future that it returned."""
+    if not isinstance(outcome, Future):
+        result.set_result(outcome)
+        return
+
+    def copy(done: Future[Any]) -> None:
+        error = done.exception()
+        if error is None:
+            result.set_result(done.result())
+        else:
+            result.set_exception(error)
+
+    outcome.add_done_callback(copy)
+
+
 def wait_done(future: Future[Any], check: Callable[[], None], poll_s: float = 0.2) -> None:
     """Returns when the future is done; until then, `check` may raise to end the wait."""
     while not wait_any([future], timeout=poll_s).done:

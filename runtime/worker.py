@@ -16,6 +16,7 @@ from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
 from fxsplit.runtime.executor import Executor, Holding, RunState
 from fxsplit.runtime.failure import Failure
 from fxsplit.runtime.imitation import Imitation
+from fxsplit.runtime.keeping import Keeper
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.memory import peak_memory_bytes
 from fxsplit.runtime.parameters import ParameterStore
@@ -53,6 +54,7 @@ class Worker:
         self._imitation = Imitation()
         self._shrinking: list[Shrink] = []
         self._memories: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+        self._keeper = Keeper(self._parameters, self._memories)
         self._courier = Courier(endpoint, torch.get_num_threads())
         self._executor = self._new_executor()
         self.commands: Mapping[str, Callable[..., Any]] = {
@@ -63,6 +65,7 @@ class Worker:
             "clock": time.perf_counter,
             **self._parameters.commands,
             **self._imitation.commands,
+            **self._keeper.commands,
         }
 
     def execute(self, command: str, arguments: tuple[Any, ...]) -> Any:
@@ -118,6 +121,7 @@ class Worker:
         self._shrinking = [m for stage in stages.values() for m in stage.modules() if isinstance(m, Shrink)]
         self._parameters.hold(stages, canonical)
         self._imitation.hold(stages)
+        self._keeper.hold(self._holding)
         self._executor = self._new_executor()
 
     def _new_executor(self) -> Executor:
@@ -192,6 +196,7 @@ class Worker:
     def close(self) -> None:
         """Ends the threads beside this one."""
         self._courier.close()
+        self._keeper.close()
 
 
 def _place_of(action: Action) -> Place:

@@ -28,12 +28,15 @@ from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.runtime.built import Built
 from fxsplit.runtime.checkpointing import parse_policies
 from fxsplit.runtime.deferred_batch_norm import check_batch_norms
+from fxsplit.runtime.durable import EngineOptions
 from fxsplit.runtime.group import TIMEOUT_S
 from fxsplit.runtime.pipeline import Pipeline
+from fxsplit.runtime.torchrun import LISTEN
 from fxsplit.runtime.transports import listening
 from fxsplit.runtime.transports import transport as find_transport
 from fxsplit.schedules import Times
 from fxsplit.schedules import schedule as find_schedule
+from fxsplit.snapshots import Snapshots
 from fxsplit.trace import ExampleInputs, TracedModel, check_module, check_names, trace
 from fxsplit.trace.call import Arguments
 from fxsplit.verify_split import check_buffers, verify_split
@@ -61,6 +64,7 @@ def compile(
     listen: str | None = None,
     token: str | None = None,
     timeout_s: float = TIMEOUT_S,
+    snapshots: Snapshots | None = None,
 ) -> Pipeline:
     """Splits a model over devices and starts the pipeline that runs it.
 
@@ -102,6 +106,9 @@ def compile(
         token: what they must know; the environment's FXSPLIT_TOKEN if not given, else one is made and printed.
         timeout_s: how long a worker may be silent before it is given up. It says once a second that it lives,
             however long it computes. One that has died is noticed at once.
+        snapshots: where training is saved as it goes. A worker that is lost is then started again, or waited for
+            if it had joined, and training goes on as if nothing had happened; and a script that is run again goes
+            on from the newest snapshot. Under torchrun, its restarts are what goes on.
 
     Returns:
         the pipeline: call it as the model.
@@ -144,9 +151,8 @@ def compile(
     if built is not None and len(built.plan.devices) != len(placements):
         placements = parse_devices(built.plan.devices)
         policies = parse_policies(checkpoint, len(placements))
-    return Pipeline(
-        model, placements, count, chosen, builder, built, deferred_batch_norm, has_learned, policies, timeout_s
-    )
+    engine = EngineOptions(deferred_batch_norm, policies, timeout_s, snapshots, recovers=listen != LISTEN)
+    return Pipeline(model, placements, count, chosen, builder, built, has_learned, engine)
 
 
 @dataclass

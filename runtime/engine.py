@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsplit.errors import WorkerLost
 from fxsplit.planning import Plan
 from fxsplit.runtime import shipping
 from fxsplit.runtime.failure import raise_failure
@@ -88,8 +89,8 @@ class Engine(Group):
             devices = {part.stage: part.device.rpartition("/")[2] for part in plan.parts if part.stage in held}
             arguments = (*shipping.dump(held), devices, plan.workers, canonical, guarded, TorchSettings.current())
             options = self._deferred_batch_norm, self._checkpoint
-            futures[worker] = self._call(worker, "load", *arguments, *options)
-        self._gather(futures)
+            futures[worker] = self.start_command(worker, "load", *arguments, *options)
+        self.gather(futures)
 
     # ------------------------------------------------------------------ steps
 
@@ -194,20 +195,20 @@ class Engine(Group):
         """
         step = self.committed + 1
         arguments = "prepare_step", step, optimizer, options, factor
-        futures = {worker: self._call(worker, *arguments) for worker in (*self.remote, CLIENT_NAME)}
+        futures = {worker: self.start_command(worker, *arguments) for worker in (*self.remote, CLIENT_NAME)}
         try:
-            self._gather(futures)
+            self.gather(futures)
         except BaseException:
             if self._endpoint is not None:
                 lost = self._transport.lost(self._timeout_s)
                 others = [w for w in (*self.remote, CLIENT_NAME) if lost is None or w != lost.name]
                 wait_all([futures[w] for w in others], timeout=_ABORT_WAIT_S)
-                told = [self._call(w, "roll_back_step", step) for w in others]
+                told = [self.start_command(w, "roll_back_step", step) for w in others]
                 wait_all(told, timeout=_ABORT_WAIT_S)
             raise
         self.committed = step
         for worker in (*self.remote, CLIENT_NAME):
-            self._call(worker, "commit_step", step)
+            self.start_command(worker, "commit_step", step)
 
     def discard(self, number: int, undo: bool = False) -> None:
         """Notes that a run's backward will not come; the workers are told with the next run."""
@@ -215,9 +216,18 @@ class Engine(Group):
 
     def flush_discards(self) -> None:
         """Tells the workers which runs they may forget."""
-        while self._discards:
-            discard = self._discards.pop()
-            told = [self._call(worker, "discard", *discard) for worker in (*self.remote, CLIENT_NAME)]
+        pending, self._discards = self._discards, []
+        if pending:
+            self.send_discards(pending)
+
+    def send_discards(self, discards: Sequence[tuple[int, bool]]) -> None:
+        """Tells the workers to forget runs.
+
+        Args:
+            discards: the number of each, and whether what it did is undone.
+        """
+        for discard in discards:
+            told = [self.start_command(worker, "discard", *discard) for worker in (*self.remote, CLIENT_NAME)]
             if discard[1]:  # before anyone reads or loads the buffers that are put back
                 wait_all(told, timeout=_ABORT_WAIT_S)
 
@@ -236,6 +246,11 @@ class Engine(Group):
         number = self._next_run
         self._next_run += 1
         return number
+
+    def split_name(self) -> str:
+        """What the memories of compressors depend on."""
+        plan = self._plan
+        return f"{plan.devices} {plan.cut_names} {plan.chunks} {plan.compressor} {plan.gradient_compressor}"
 
     def _boundary(self, mode: Mode) -> Boundary:
         assert self._split is not None
@@ -318,7 +333,9 @@ class _Phase:
         for worker in engine.remote:
             actions = list(self._orders.get(worker, ()))
             loss = None if self._loss is None else shipping.dump(self._loss.as_seen_by(worker))
-            self._futures[worker] = engine._call(worker, "run", run.number, actions, *self._arguments, loss)
+            self._futures[worker] = engine.start_command(
+                worker, "run", run.number, actions, *self._arguments, loss
+            )
         return self
 
     def run_locally(self) -> None:
@@ -343,7 +360,7 @@ class _Phase:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         engine, number = self._engine, self._run.number
         if error is None:
-            for report in engine._gather(self._futures).values():
+            for report in engine.gather(self._futures).values():
                 if isinstance(report, RunReport):
                     self._add(report)
             return
@@ -354,9 +371,9 @@ class _Phase:
         lost = engine._transport.lost(engine._timeout_s)
         others = [worker for worker in engine.remote if lost is None or worker != lost.name]
         for worker in others:
-            engine._call(worker, "abort", number, reason)
+            engine.start_command(worker, "abort", number, reason)
         wait_all([self._futures[worker] for worker in others], timeout=_ABORT_WAIT_S)
-        if lost is not None:
+        if lost is not None or isinstance(error, WorkerLost):
             return  # the others are idle now
         engine.discard(number, undo=True)
         engine.flush_discards()

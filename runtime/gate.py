@@ -103,6 +103,7 @@ class Gate:
         session: names this group of workers; they are told it.
         threads: of one operation; they are told it, too.
         heard: told what a member says that it is at.
+        is_restart: whether a worker that was taken for dead may come back beside the one in its place.
 
     Raises:
         DeviceError: the address is none, or cannot be listened at.
@@ -114,6 +115,7 @@ class Gate:
     session: str
     threads: int
     heard: Callable[[str, Place], None] = lambda name, place: None
+    is_restart: bool = False
     members: dict[str, Member] = field(default_factory=dict)
     has_problem: WorkerError | None = None
 
@@ -187,10 +189,17 @@ class Gate:
         who = ended[0].identity
         return LostWorker(who.name, f"process {who.pid} on {who.host} {ended[0].ending}")
 
-    def close(self) -> None:
-        """Stops listening and hangs up: a worker that loses its connection ends."""
+    def close(self, rejoins: bool = False) -> None:
+        """Stops listening and hangs up: a worker that loses its connection ends, or joins again if told to."""
         self._is_closed = True
         _close(self._server)
+        if rejoins:
+            with self._lock:
+                members = [member.connection for member in self.members.values()]
+            for connection in members:
+                with contextlib.suppress(OSError):
+                    connection.settimeout(1.0)
+                    send_message(connection, {"rejoin": True})
         with self._lock:
             connections = [*self._pending, *(member.connection for member in self.members.values())]
         for connection in connections:
@@ -279,7 +288,7 @@ class Gate:
         with self._lock:
             if identity.name in self.members:
                 first = self.members[identity.name].identity
-                raise Refused(
+                raise (_Stranger if self.is_restart else Refused)(
                     "a worker of this name has joined already",
                     where=f"{identity.host}, process {identity.pid}",
                     found=f"{identity.name}, which is process {first.pid} on {first.host}",
@@ -311,7 +320,7 @@ class Gate:
 
 
 class _Stranger(Refused):
-    """Someone without the token: no reason to give up, since anybody can connect."""
+    """Someone without the token, or out of date: no reason to give up, since anybody can connect."""
 
 
 def _close(connection: socket.socket) -> None:

@@ -30,7 +30,10 @@ class Group:
         advice: what to do when a worker is lost.
     """
 
-    advice = "this pipeline cannot go on; close it and compile the model again, from your own copy of the weights"
+    advice = (
+        "the steps of this pipeline are lost: compile the model again, from your own copy of the weights; with "
+        "snapshots=fxsplit.Snapshots(directory) training goes on by itself"
+    )
 
     def __init__(self, transport: Transport, timeout_s: float = TIMEOUT_S) -> None:
         self.remote: tuple[str, ...] = ()
@@ -66,13 +69,14 @@ class Group:
 
     def broadcast(self, command: str, *arguments: Any) -> dict[str, Any]:
         """Runs a command on every worker, the client included, and returns the results by worker."""
-        return self._gather({w: self._call(w, command, *arguments) for w in (*self.remote, CLIENT_NAME)})
+        return self.gather({w: self.start_command(w, command, *arguments) for w in (*self.remote, CLIENT_NAME)})
 
     def call(self, worker: str, command: str, *arguments: Any) -> Any:
         """Runs a command on one worker."""
-        return self._gather({worker: self._call(worker, command, *arguments)})[worker]
+        return self.gather({worker: self.start_command(worker, command, *arguments)})[worker]
 
-    def _call(self, worker: str, command: str, *arguments: Any) -> Future[Any]:
+    def start_command(self, worker: str, command: str, *arguments: Any) -> Future[Any]:
+        """Has a worker run a command; `gather` waits for the result."""
         if worker == CLIENT_NAME:
             return self._handle(command, arguments)
         return self._open().call(worker, command, *arguments)
@@ -85,7 +89,12 @@ class Group:
         hand_over(self._worker.execute(command, arguments), result)
         return result
 
-    def _gather(self, futures: dict[str, Future[Any]]) -> dict[str, Any]:
+    def gather(self, futures: dict[str, Future[Any]]) -> dict[str, Any]:
+        """The results of commands by worker, waited for.
+
+        Raises:
+            FxsplitError: one has failed, or a worker is lost.
+        """
         pending = list(futures.values())
         for future in pending:
             wait_done(future, lambda: self._check_all(pending))

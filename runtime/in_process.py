@@ -83,6 +83,11 @@ class InProcess:
         """Threads do not get lost."""
         return None
 
+    def restarted(self) -> InProcess:
+        """Another one."""
+        self.close()
+        return InProcess()
+
     def close(self) -> None:
         """Ends the threads."""
         for endpoint in self._endpoints.values():

@@ -28,13 +28,15 @@ class Written(NamedTuple):
         size_bytes: of the file.
         sha256: of its content.
         values: what is no tensor.
-        data: uint8, the content, if this worker could not write it.
+        data: uint8, the content, if the client is to write it.
+        error: why there is no file, if there is none.
     """
 
     size_bytes: int
     sha256: str
     values: dict[str, Any]
     data: Tensor | None
+    error: str | None = None
 
 
 class Source(NamedTuple):
@@ -155,6 +157,13 @@ class Keeper:
                     buffer.copy_(kept)
         gradients = {k.partition("/")[2]: v for k, v in entries.items() if k.startswith(f"{GRADIENT}/")}
         self._parameters.replace_gradients(gradients)
+        states: dict[int, dict[str, dict[str, Any]]] = {}
+        for key, value in entries.items():
+            if key.startswith(f"{OPTIMIZER}/"):
+                _, number, entry, name = key.split("/", 3)
+                states.setdefault(int(number), {}).setdefault(name, {})[entry] = value
+        for number in self._parameters.optimizer_numbers:
+            self._parameters.load_optimizer_state(number, states.get(number) or {})
         self._memories.clear()
         if with_codecs:
             self._restore_memories(entries)
@@ -188,9 +197,12 @@ def _plain(key: str, value: Any) -> Any:
 
 
 def _write(path: str | None, tensors: dict[str, Tensor], values: dict[str, Any]) -> Written:
-    data = files.tensors_to_bytes(tensors, "a worker's part of a snapshot")
-    if path is None:
-        content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return Written(len(data), files.digest(data), values, content)
-    files.write(Path(path), data)
+    try:
+        data = files.tensors_to_bytes(tensors, "a worker's part of a snapshot")
+        if path is None:
+            content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return Written(len(data), files.digest(data), values, content)
+        files.write(Path(path), data)
+    except (OSError, MemoryError, SnapshotError) as error:
+        return Written(0, "", {}, None, str(error))
     return Written(len(data), files.digest(data), values, None)

@@ -93,6 +93,10 @@ class WorkerProcess:
         with contextlib.suppress(OSError):
             self._stdin.close()
 
+    def kill(self) -> None:
+        """Ends the worker at once, whatever it does."""
+        self._process.kill()
+
     def end(self, grace_s: float = 3.0) -> None:
         """Waits for the worker to end, and kills it if it does not."""
         try:

@@ -147,6 +147,11 @@ class ParameterStore:
         self.clear_gradients(list(self._parameters))
         self.set_gradients({name: g for name, g in gradients.items() if name in self._parameters})
 
+    @property
+    def optimizer_numbers(self) -> tuple[int, ...]:
+        """The optimizers that have parameters here."""
+        return tuple(self._optimizers)
+
     def optimizer_entries(self) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
         """The state of all optimizers: number, name of the parameter, entries."""
         for number, optimizer in self._optimizers.items():

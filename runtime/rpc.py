@@ -188,16 +188,22 @@ class Rpc:
         listen: "HOST:PORT" at which named workers join; None: all are started here.
         token: what they must know.
         joining: the devices of each worker that joins, by name.
+        is_restart: whether workers join again, and a stray one of before may, too.
     """
 
     name = "rpc"
 
     def __init__(
-        self, listen: str | None = None, token: str = "", joining: Mapping[str, Sequence[str]] | None = None
+        self,
+        listen: str | None = None,
+        token: str = "",
+        joining: Mapping[str, Sequence[str]] | None = None,
+        is_restart: bool = False,
     ) -> None:
         self._listen = listen
         self._token = token
         self._joining = dict(joining or {})
+        self._is_restart = is_restart
         self._processes: list[WorkerProcess] = []
         self._gate: Gate | None = None
         self._endpoint: RpcEndpoint | None = None
@@ -246,7 +252,9 @@ class Rpc:
         assert self._listen is not None
         wanted = {name: self._joining.get(name, ()) for name in workers}
         heard = self._heartbeats.heard
-        self._gate = Gate(self._listen, self._token, wanted, session, torch.get_num_threads(), heard)
+        self._gate = Gate(
+            self._listen, self._token, wanted, session, torch.get_num_threads(), heard, self._is_restart
+        )
         for name in workers:
             if name not in self._joining:
                 settings = WorkerSettings(
@@ -305,8 +313,19 @@ class Rpc:
                 return LostWorker(process.settings.name, f"process {process.pid} {ending}")
         return None
 
-    def close(self) -> None:
-        """Leaves the group and ends the processes; those that do not end by themselves are killed."""
+    def restarted(self) -> Rpc:
+        """Ends the processes at once; workers that have joined are told to join again."""
+        for process in self._processes:
+            process.kill()
+        self.close(rejoins=True)
+        return Rpc(self._listen, self._token, self._joining, is_restart=True)
+
+    def close(self, rejoins: bool = False) -> None:
+        """Leaves the group and ends the processes; those that do not end by themselves are killed.
+
+        Args:
+            rejoins: whether workers that have joined are to join again.
+        """
         if self._closed.is_set():
             return
         self._closed.set()
@@ -314,7 +333,7 @@ class Rpc:
         if self._endpoint is not None:
             self._endpoint.close()
         if self._gate is not None:
-            self._gate.close()
+            self._gate.close(rejoins)
         for process in self._processes:
             process.hang_up()
         for process in self._processes:

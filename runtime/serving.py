@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +22,12 @@ from fxsplit.runtime.worker import Worker
 
 
 def serve_joined(
-    address: str, name: str, token: str, devices: Sequence[str] | None, patience_s: float
+    address: str,
+    name: str,
+    token: str,
+    devices: Sequence[str] | None,
+    patience_s: float,
+    again: Callable[[], None] = lambda: None,
 ) -> NoReturn:
     """Joins a client and serves it; the process ends when the client does.
 
@@ -31,6 +37,8 @@ def serve_joined(
         token: the client's.
         devices: what this worker offers; all devices of this host if None.
         patience_s: how long to wait for the client to listen.
+        again: called when the client goes on without this process, and waits for a worker of this name; it may
+            put another in its place, and need not return.
 
     Raises:
         FxsplitError: it cannot join.
@@ -39,7 +47,8 @@ def serve_joined(
     torch.set_num_threads(member.threads)
     store = JoinedStore(member.connection)
     serving = Serving(name, member.session, Pulse(store.beat))
-    serving.run(store, member.rank, member.world_size, interface_of(member.address), member.connection)
+    watch = partial(end_with_client, member.connection, again)
+    serving.run(store, member.rank, member.world_size, interface_of(member.address), watch)
 
 
 class Serving:
@@ -52,15 +61,22 @@ class Serving:
         self._endpoint = RpcEndpoint(name, session, self._handle)
         self._worker = Worker(self._endpoint, pulse=pulse)
 
-    def run(self, store: Store, rank: int, world_size: int, interface: str, client: Any = None) -> NoReturn:
-        """Becomes a member of the group and serves for ever."""
+    def run(self, store: Store, rank: int, world_size: int, interface: str, watch: Callable[[], None]) -> NoReturn:
+        """Becomes a member of the group and serves for ever.
+
+        Args:
+            store: where the members meet.
+            rank: of this one.
+            world_size: their number.
+            interface: on which it listens.
+            watch: called when all are there.
+        """
         try:
             self._endpoint.join(store, rank, world_size, interface)
         except RuntimeError as error:
             first_line = str(error).partition("\n")[0]
             raise WorkerError("the client ended before all workers were there", found=first_line) from error
-        if client is not None:
-            end_with_client(client)
+        watch()
         self._pulse.start()
         while True:
             command, arguments, result = self._commands.get()

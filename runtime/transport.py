@@ -115,6 +115,9 @@ class Transport(Protocol):
     def lost(self, timeout_s: float) -> LostWorker | None:
         """A worker that is gone, or has been silent for longer than the time-out; None while all are there."""
 
+    def restarted(self) -> Transport:
+        """Ends all workers at once, and gives a transport that can start them again."""
+
     def close(self) -> None:
         """Ends all workers. Never hangs; may be called twice."""
 

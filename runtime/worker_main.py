@@ -34,7 +34,7 @@ def main() -> None:
     store = FileStore(settings.store, settings.world_size)
     serving = Serving(settings.name, settings.session, Pulse.of_descriptor(settings.pulse))
     store.set(f"ready/{settings.name}", "1")
-    serving.run(store, settings.rank, settings.world_size, LOOPBACK)
+    serving.run(store, settings.rank, settings.world_size, LOOPBACK, lambda: None)
 
 
 def _end_with_client(folder: str) -> None:

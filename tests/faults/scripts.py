@@ -7,9 +7,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 ROOT = Path(__file__).parent.parent.parent
 CHAIN = ["cpu", "one/cpu", "two/cpu"]
@@ -52,3 +54,36 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def train(pipe: Any, steps: int, on_step: Callable[[int], None] = lambda step: None) -> dict[str, Tensor]:
+    """Trains by whole steps and by calls in turn; gives the final state, and the losses under 'loss'."""
+    optimizer = pipe.optimizer(torch.optim.AdamW, lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=4, gamma=0.5)
+    pipe.keep(scheduler=scheduler)
+    losses = []
+    for number in pipe.remaining(range(steps)):
+        x, y = batch(number)
+        on_step(number)
+        if number % 3 == 2:
+            loss = F.cross_entropy(pipe(x), y)
+            loss.backward()
+        else:
+            loss = pipe.step(x, target=y, loss_fn=F.cross_entropy).loss
+        losses.append(loss.detach())
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    state: dict[str, Tensor] = {**pipe.state_dict(), "loss": torch.stack(losses) if losses else torch.zeros(0)}
+    for number, entry in optimizer.state_dict()["state"].items():
+        state |= {f"optimizer.{number}.{key}": value for key, value in entry.items()}
+    state["random"] = torch.rand(3)
+    return state
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Bit for bit; of the losses, those that were seen."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        wanted = value[len(value) - len(found[key]) :] if key == "loss" else value
+        assert torch.equal(found[key], wanted), key

@@ -46,7 +46,7 @@ def test_a_lost_worker_is_named_and_the_others_go_idle(how: str) -> None:
     error = caught.value
     assert error.worker == "two" and str(pids["two"]) in error.cause
     assert ("SIGKILL" if how == "SIGKILL" else "not been heard of") in error.cause
-    assert error.hint and "compile the model again" in error.hint
+    assert error.hint and "compile the model again" in error.hint and "snapshots=" in error.hint
     start_s = time.monotonic()
     pipe.close()
     assert time.monotonic() - start_s < 5.0
@@ -156,5 +156,6 @@ def test_silence_is_measured_by_the_time_in_which_anybody_could_be_heard() -> No
     beats._tick(now_s, now_s - 60.0)  # the machine slept
     assert beats.silent(5.0) is None
     beats.close()
-    for junk in ([], {}, "x", [1, 2, 3], ["a", "b", True], None):
-        assert Place.of_message(junk).stage is None
+    junk: list[object] = [[], {}, "x", [1, 2, 3], ["a", "b", True], None]
+    for message in junk:
+        assert Place.of_message(message).stage is None

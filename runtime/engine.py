@@ -119,6 +119,8 @@ class Engine(Group):
                         run.inputs.append((m, index, edge))
             phase.run_locally()
             outputs = self._collect_all(run, phase, randomness)
+        if not grad:
+            self._open().mailbox.finish(run.number)
         self.metrics.calls += 1
         self.metrics.total_s += time.perf_counter() - start
         return run, outputs
@@ -148,6 +150,7 @@ class Engine(Group):
                 if gradient is not None:
                     known = found.get((m, index))
                     found[m, index] = gradient if known is None else known + gradient
+        self._open().mailbox.finish(run.number)
         self.metrics.total_s += time.perf_counter() - start
         return found
 
@@ -176,6 +179,7 @@ class Engine(Group):
             phase.run_locally()
             if loss.returns_outputs:
                 outputs = self._collect_all(run, phase, randomness)
+        self._open().mailbox.finish(run.number)
         self.scheduler.observe(span for report in phase.reports for span in report.spans)
         self.metrics.calls += 1
         self.metrics.total_s += time.perf_counter() - start

@@ -160,10 +160,10 @@ class Keeper:
         states: dict[int, dict[str, dict[str, Any]]] = {}
         for key, value in entries.items():
             if key.startswith(f"{OPTIMIZER}/"):
-                _, number, entry, name = key.split("/", 3)
-                states.setdefault(int(number), {}).setdefault(name, {})[entry] = value
+                _, index, entry, name = key.split("/", 3)
+                states.setdefault(int(index), {}).setdefault(name, {})[entry] = value
         for number in self._parameters.optimizer_numbers:
-            self._parameters.load_optimizer_state(number, states.get(number) or {})
+            self._parameters.load_optimizer_state(number, states.setdefault(number, {}))
         self._memories.clear()
         if with_codecs:
             self._restore_memories(entries)

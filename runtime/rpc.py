@@ -29,7 +29,7 @@ from fxsplit.errors import PipelineError, WorkerError
 from fxsplit.runtime.gate import Gate
 from fxsplit.runtime.handshake import interface_of
 from fxsplit.runtime.launch import WorkerProcess, WorkerSettings
-from fxsplit.runtime.packet import Key, Packet
+from fxsplit.runtime.packet import Key, Packet, checksum_of
 from fxsplit.runtime.pulse import Heartbeats
 from fxsplit.runtime.transport import CLIENT_NAME, CommandHandler, Endpoint, LostWorker, Mailbox
 
@@ -42,8 +42,12 @@ _endpoint: RpcEndpoint | None = None
 
 
 def _deliver(key: Key, packet: Packet) -> None:
-    if _endpoint is not None:
+    if _endpoint is None:
+        return
+    if packet.checksum == checksum_of(key, packet):
         _endpoint.mailbox.deliver(key, packet)
+    else:
+        _endpoint.mailbox.refuse(key, f"the {key} was damaged on its way to {_endpoint.name}")
 
 
 @rpc.functions.async_execution  # type: ignore[untyped-decorator]
@@ -106,7 +110,8 @@ class RpcEndpoint:
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Hands the packet to TensorPipe, which sends it in the background."""
         payload = tuple(_compact(tensor) for tensor in packet.payload)
-        return self._invoke(to, _deliver, key, replace(packet, payload=payload))
+        compact = replace(packet, payload=payload)
+        return self._invoke(to, _deliver, key, replace(compact, checksum=checksum_of(key, compact)))
 
     def call(self, to: str, command: str, *arguments: Any) -> Future[Any]:
         """Runs a command there."""

@@ -37,12 +37,22 @@ class LostWorker:
 
 
 class Mailbox:
-    """Packets that have arrived or are waited for, by key. Safe to use from several threads."""
+    """Packets that have arrived or are waited for, by key. Safe to use from several threads.
+
+    A key is good for one packet: one that comes twice, or after its run is over, is refused and counted. The order
+    in which packets come does not matter, since each is taken by its key.
+
+    Attributes:
+        refused: packets that were not taken: duplicates, and those of runs that are over.
+    """
 
     def __init__(self) -> None:
+        self.refused = 0
         self._lock = threading.Lock()
         self._slots: dict[Key, Future[Packet]] = {}
+        self._taken: dict[int, set[Key]] = {}
         self._aborted: dict[int, str] = {}
+        self._over: dict[int, None] = {}
 
     def receive(self, key: Key) -> Future[Packet]:
         """The packet, now or when it comes."""
@@ -53,24 +63,54 @@ class Mailbox:
             return slot
 
     def deliver(self, key: Key, packet: Packet) -> None:
-        """Puts a packet in its slot; a packet of a run that was given up is dropped."""
+        """Puts a packet in its slot, or refuses it."""
         with self._lock:
             if key.run in self._aborted:
-                return
+                return  # it was under way when the run was given up
             slot = self._slots.setdefault(key, Future())
+            if key.run in self._over or slot.done() or key in self._taken.get(key.run, ()):
+                self.refused += 1
+                if not slot.done():
+                    del self._slots[key]
+                return
         slot.set_result(packet)
+
+    def refuse(self, key: Key, reason: str) -> None:
+        """What came is not what was sent: whoever waits for it gets an error."""
+        with self._lock:
+            self.refused += 1
+            slot = self._slots.setdefault(key, Future())
+        if not slot.done():
+            slot.set_exception(PipelineError(reason))
 
     def forget(self, key: Key) -> None:
         """Drops a packet that has been used."""
         with self._lock:
             self._slots.pop(key, None)
+            if key.run not in self._aborted:
+                self._taken.setdefault(key.run, set()).add(key)
+
+    def finish(self, run: int) -> None:
+        """Nothing of this run may come any more."""
+        with self._lock:
+            self._end(run)
+            for key in [key for key in self._slots if key.run == run]:
+                del self._slots[key]
+
+    def _end(self, run: int) -> None:
+        self._taken.pop(run, None)
+        self._over[run] = None
+        if len(self._over) > _REMEMBERED_RUNS:
+            del self._over[next(iter(self._over))]
 
     def abort(self, run: int, reason: str) -> None:
         """Whoever waits for a packet of this run gets an error at once."""
         with self._lock:
             self._aborted[run] = reason
+            self._end(run)
             while len(self._aborted) > _REMEMBERED_RUNS:
-                del self._aborted[next(iter(self._aborted))]
+                oldest = next(iter(self._aborted))
+                del self._aborted[oldest]
             waiting = [self._slots.pop(key) for key in list(self._slots) if key.run == run]
         for slot in waiting:
             if not slot.done():

@@ -24,7 +24,7 @@ from fxsplit.runtime.pulse import IDLE, Place, Pulse
 from fxsplit.runtime.randomness import Randomness
 from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.settings import TorchSettings
-from fxsplit.runtime.transport import Endpoint
+from fxsplit.runtime.transport import CLIENT_NAME, Endpoint
 from fxsplit.runtime.undo import Undo
 from fxsplit.schedules import Action
 from fxsplit.stage import Mode
@@ -158,6 +158,8 @@ class Worker:
         self._holding.batch_norms.commit()
         if not run.saved:
             del self._runs[number]
+            if self._endpoint.name != CLIENT_NAME:  # which still collects what comes out
+                self._endpoint.mailbox.finish(number)
         report.spans += self._courier.links()
         report.peak_memory_bytes = peak_memory_bytes(self._holding.devices.values())
         return report

@@ -56,7 +56,12 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def train(pipe: Any, steps: int, on_step: Callable[[int], None] = lambda step: None) -> dict[str, Tensor]:
+def train(
+    pipe: Any,
+    steps: int,
+    on_step: Callable[[int], None] = lambda step: None,
+    at_end: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
     """Trains by whole steps and by calls in turn; gives the final state, and the losses under 'loss'."""
     optimizer = pipe.optimizer(torch.optim.AdamW, lr=0.01)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=4, gamma=0.5)
@@ -74,6 +79,7 @@ def train(pipe: Any, steps: int, on_step: Callable[[int], None] = lambda step: N
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+    at_end()
     state: dict[str, Tensor] = {**pipe.state_dict(), "loss": torch.stack(losses) if losses else torch.zeros(0)}
     for number, entry in optimizer.state_dict()["state"].items():
         state |= {f"optimizer.{number}.{key}": value for key, value in entry.items()}

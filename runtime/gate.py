@@ -34,6 +34,7 @@ from fxsplit.runtime.transport import LostWorker
 
 _HANDSHAKE_S = 10.0
 _POLL_S = 0.05
+_MOST_PENDING = 64
 
 
 class MeetingStore(Store):
@@ -126,7 +127,7 @@ class Gate:
         self._identity = Identity.of_this_process("client")
         self._lock = threading.Lock()
         self._is_closed = False
-        self._pending: set[socket.socket] = set()
+        self._pending: dict[socket.socket, None] = {}  # oldest first
         try:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
             self._server = socket.create_server((host, port), family=family, backlog=64)
@@ -213,16 +214,27 @@ class Gate:
                 connection, _ = self._server.accept()
             except OSError:
                 return
+            with self._lock:
+                self._pending[connection] = None
+                oldest = next(iter(self._pending)) if len(self._pending) > _MOST_PENDING else None
+                if oldest is not None:
+                    del self._pending[oldest]
+            if oldest is not None:
+                _close(oldest)  # whoever opens connections and says nothing shuts nobody out for long
             threading.Thread(target=self._serve, args=(connection,), name="fxsplit joined", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         """One worker, from its first word to its last."""
-        with self._lock:
-            self._pending.add(connection)
         member = None
+        late = threading.Timer(_HANDSHAKE_S, _close, (connection,))
+        late.daemon = True
+        late.start()
         try:
             connection.settimeout(_HANDSHAKE_S)
             member = self._admit(connection)
+            late.cancel()
+            with self._lock:
+                self._pending.pop(connection, None)
             connection.settimeout(None)
             keep_alive(connection)
             while True:
@@ -233,13 +245,14 @@ class Gate:
                     send_message(connection, self._answer(request))
         except Refused as error:
             self._refuse(connection, error)
-        except (OSError, WorkerError) as error:
+        except (OSError, WorkerError, LookupError, TypeError, ValueError) as error:
             if member is not None:
                 member.ending = f"ended its connection ({error})"
         finally:
+            late.cancel()
             _close(connection)
             with self._lock:
-                self._pending.discard(connection)
+                self._pending.pop(connection, None)
 
     def _refuse(self, connection: socket.socket, error: Refused) -> None:
         with contextlib.suppress(OSError):

@@ -205,7 +205,7 @@ def receive_message(connection: socket.socket) -> dict[str, Any]:
         raise Refused("the other side does not speak fxsplit's handshake", found=f"a message of {length} bytes")
     try:
         message = json.loads(_receive_exactly(connection, length))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused("the other side does not speak fxsplit's handshake", found=str(error)) from error
     if not isinstance(message, dict):
         raise Refused("the other side does not speak fxsplit's handshake", found=type(message).__name__)

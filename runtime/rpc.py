@@ -50,6 +50,20 @@ def _deliver(key: Key, packet: Packet) -> None:
         _endpoint.mailbox.refuse(key, f"the {key} was damaged on its way to {_endpoint.name}")
 
 
+def _hello() -> None:
+    """Nothing: the connection is what counts."""
+
+
+def _greet(addresses: Sequence[str]) -> None:
+    """Connects with all others.
+
+    TensorPipe connects at the first call, and accepts no more connections after one that was none of its own: a
+    stray one could keep two workers apart for ever. Once all are connected it can do no harm.
+    """
+    for answer in [rpc.rpc_async(address, _hello, timeout=START_TIMEOUT_S) for address in addresses]:
+        answer.wait()
+
+
 @rpc.functions.async_execution  # type: ignore[untyped-decorator]
 def _command(command: str, arguments: tuple[Any, ...]) -> torch.futures.Future[Any]:
     result: torch.futures.Future[Any] = torch.futures.Future()
@@ -106,6 +120,8 @@ class RpcEndpoint:
             store.set(f"{word}/{rank}", "1")
             if word == "member" or rank == 0:
                 store.wait([f"{word}/{other}" for other in range(world_size)])
+            if word == "member":
+                _greet([info.name for info in agent.get_worker_infos() if info.name != self._address(self.name)])
 
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Hands the packet to TensorPipe, which sends it in the background."""

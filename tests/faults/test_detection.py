@@ -33,7 +33,7 @@ def step(pipe: fxsplit.Pipeline, number: int = 0) -> Tensor:
     return pipe.step(x, target=y, loss_fn=F.cross_entropy).loss
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("how", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.faults)])
 def test_a_lost_worker_is_named_and_the_others_go_idle(how: str) -> None:
     pipe = compiled(timeout_s=3.0)
     step(pipe)
@@ -111,7 +111,15 @@ while True:
 """
 
 
-@pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "SIGKILL", "SIGKILL, a worker stopped"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "SIGINT",
+        pytest.param("SIGTERM", marks=pytest.mark.faults),
+        pytest.param("SIGKILL", marks=pytest.mark.faults),
+        "SIGKILL, a worker stopped",
+    ],
+)
 def test_nothing_is_left_of_a_client_that_is_ended(ending: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{SCRIPT}")

@@ -73,6 +73,7 @@ def test_noise_at_every_port_does_not_disturb_training() -> None:
     assert_same(found, expected)
 
 
+@pytest.mark.faults
 def test_noise_at_the_gate_shuts_nobody_out() -> None:
     """Before a worker has joined, and afterwards; threads and descriptors come back."""
     port, (x, y) = free_port(), batch(0)

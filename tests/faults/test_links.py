@@ -45,7 +45,7 @@ def can_make_hosts() -> bool:
     return made.returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc")
+pytestmark = [pytest.mark.faults, pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and tc")]
 
 
 @pytest.fixture

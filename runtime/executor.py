@@ -350,6 +350,6 @@ class Executor:
         """Sends a model's output on to the client, from where the loss is made."""
         key = self._key(edge, end, False)
         if self._endpoint.name == CLIENT_NAME:
-            self._endpoint.mailbox.deliver(key, pack(value, edge, key))
+            self._endpoint.mailbox.put_back(key, pack(value, edge, key))
         else:
             self._courier.send(end, CLIENT_NAME, key, partial(pack, value, edge, key), self._report)

@@ -90,6 +90,12 @@ class Mailbox:
             if key.run not in self._aborted:
                 self._taken.setdefault(key.run, set()).add(key)
 
+    def put_back(self, key: Key, packet: Packet) -> None:
+        """Puts a packet that was taken into its slot again, for somebody else in this process."""
+        with self._lock:
+            self._taken.get(key.run, set()).discard(key)
+        self.deliver(key, packet)
+
     def finish(self, run: int) -> None:
         """Nothing of this run may come any more."""
         with self._lock:

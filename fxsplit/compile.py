@@ -28,9 +28,11 @@ from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.runtime.built import Built
 from fxsplit.runtime.checkpointing import parse_policies
 from fxsplit.runtime.deferred_batch_norm import check_batch_norms
+from fxsplit.runtime.device_maps import sole_gpus
 from fxsplit.runtime.durable import EngineOptions
 from fxsplit.runtime.group import TIMEOUT_S
 from fxsplit.runtime.pipeline import Pipeline
+from fxsplit.runtime.rpc import Rpc
 from fxsplit.runtime.torchrun import LISTEN
 from fxsplit.runtime.transports import listening
 from fxsplit.runtime.transports import transport as find_transport
@@ -61,6 +63,7 @@ def compile(
     verify: bool = True,
     deferred_batch_norm: bool = False,
     checkpoint: str | Sequence[str] = "never",
+    cuda_graphs: bool = False,
     listen: str | None = None,
     token: str | None = None,
     timeout_s: float = TIMEOUT_S,
@@ -100,6 +103,9 @@ def compile(
             SyncBatchNorm is refused.
         checkpoint: "always" keeps the inputs of a stage and computes the rest again in its backward; "except_last"
             spares the last micro-batch; "never". One for all stages, or a list of one for each.
+        cuda_graphs: stages on GPUs are replayed as CUDA graphs, one launch for a forward or backward of a
+            micro-batch, with the same numbers. Each micro-batch that is kept at a time has memory of its own. A
+            stage that cannot be recorded is run as it is, and a warning says why.
         listen: "HOST:PORT" at which the named workers join from other machines, by `fxsplit worker --join`; see
             docs/security.md. "torchrun": rank 0 is the client, and on every other rank this call is
             `fxsplit.serve()`. Not given: all workers are processes of this host.
@@ -142,6 +148,8 @@ def compile(
     if deferred_batch_norm:
         check_batch_norms(model)
     chosen = find_transport(transport) if listen is None else listening(listen, token, placements, transport)
+    if isinstance(chosen, Rpc):
+        chosen.gpus = sole_gpus(placements)
     _check_shared_devices(placements, transport)
     options: dict[str, Any] = {"cuts": cuts, "chunks": chunks, "schedule": schedule, "budget": budget}
     options |= {**asked, "placement": placement, "guard": guard, "profile": profile}
@@ -151,7 +159,7 @@ def compile(
     if built is not None and len(built.plan.devices) != len(placements):
         placements = parse_devices(built.plan.devices)
         policies = parse_policies(checkpoint, len(placements))
-    engine = EngineOptions(deferred_batch_norm, policies, timeout_s, snapshots, recovers=listen != LISTEN)
+    engine = EngineOptions(deferred_batch_norm, policies, cuda_graphs, timeout_s, snapshots, listen != LISTEN)
     return Pipeline(model, placements, count, chosen, builder, built, has_learned, engine)
 
 

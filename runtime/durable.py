@@ -14,12 +14,13 @@ from torch import Tensor
 
 from fxsplit.errors import FxsplitError, WorkerLost
 from fxsplit.planning import Plan
-from fxsplit.runtime.engine import Engine, Run
+from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.group import TIMEOUT_S
 from fxsplit.runtime.journal import Journal, Operation, without_effect
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.randomness import set_states, states
+from fxsplit.runtime.run import Run
 from fxsplit.runtime.snapshotter import Saver, Snapshotter, Training
 from fxsplit.runtime.transport import Transport
 from fxsplit.snapshots import Snapshots
@@ -27,7 +28,7 @@ from fxsplit.snapshots.checkpoint import Checkpoint
 from fxsplit.snapshots.files import Lock
 from fxsplit.snapshots.manifest import step_folder
 from fxsplit.split import SplitModel
-from fxsplit.stage import Mode
+from fxsplit.stage import Edge, Mode
 
 _MOST_LOSSES = 3  # in a row, of one operation: then it is the operation that kills
 _SHARE = 0.01  # of the time that early snapshots may take
@@ -53,10 +54,11 @@ class DurableEngine(Engine):
         snapshots: Snapshots,
         deferred_batch_norm: bool = False,
         checkpoint: Sequence[str] = (),
+        cuda_graphs: bool = False,
         timeout_s: float = TIMEOUT_S,
         recovers: bool = True,
     ) -> None:
-        super().__init__(transport, deferred_batch_norm, checkpoint, timeout_s)
+        super().__init__(transport, deferred_batch_norm, checkpoint, cuda_graphs, timeout_s)
         self.training: Callable[[], Training]
         self.is_between_batches: Callable[[], bool] = lambda: False
         self.recoveries = 0
@@ -106,9 +108,15 @@ class DurableEngine(Engine):
         self._open_runs.discard(run.number)
         return result
 
-    def step(self, chunks: Sequence[Sequence[Tensor]], mode: Mode, loss: Loss) -> tuple[Tensor, list[list[Any]]]:
+    def step(
+        self,
+        chunks: Sequence[Sequence[Tensor]],
+        mode: Mode,
+        loss: Loss,
+        targets: Mapping[Edge, Sequence[Tensor]],
+    ) -> tuple[Tensor, list[list[Any]]]:
         """See `Engine`."""
-        result: tuple[Tensor, list[list[Any]]] = self._durably("step", chunks, mode, loss)
+        result: tuple[Tensor, list[list[Any]]] = self._durably("step", chunks, mode, loss, targets)
         return result
 
     def optimizer_step(self, optimizer: int, options: Sequence[Mapping[str, Any]], factor: float) -> None:
@@ -306,6 +314,7 @@ class EngineOptions:
     Attributes:
         deferred_batch_norm: running statistics are those of whole batches.
         checkpoint: the policy of every stage.
+        cuda_graphs: whether stages are recorded and replayed.
         timeout_s: how long a worker may be silent.
         snapshots: what is asked of them, if anything is.
         recovers: whether lost workers are started again.
@@ -313,13 +322,14 @@ class EngineOptions:
 
     deferred_batch_norm: bool = False
     checkpoint: Sequence[str] = ()
+    cuda_graphs: bool = False
     timeout_s: float = TIMEOUT_S
     snapshots: Snapshots | None = None
     recovers: bool = True
 
     def engine(self, transport: Transport) -> Engine:
         """An engine over a transport."""
-        options = self.deferred_batch_norm, self.checkpoint, self.timeout_s
+        options = self.deferred_batch_norm, self.checkpoint, self.cuda_graphs, self.timeout_s
         if self.snapshots is None:
             return Engine(transport, *options)
         return DurableEngine(transport, self.snapshots, *options, self.recovers)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxsplit.runtime.loss import Loss
 from fxsplit.trace.replay import Surroundings
 
 SETTING_UP = ("create_optimizer", "require_gradients")
@@ -39,14 +38,13 @@ class Operation:
 
     def kept(self, run_number: int, seconds: float) -> Operation:
         """As it is kept: whatever the caller does with its tensors afterwards."""
-        arguments = tuple(_copied(argument) for argument in self.arguments)
+        arguments = pytree.tree_map_only(Tensor, _copy, self.arguments)
         return replace(self, arguments=arguments, run_number=run_number, seconds=seconds)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors in its arguments."""
-        leaves = [leaf for argument in self.arguments for leaf in _leaves(argument)]
-        return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        return sum(leaf.nbytes for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Tensor))
 
     @property
     def command(self) -> str | None:
@@ -54,16 +52,6 @@ class Operation:
         if self.method == "broadcast":
             return str(self.arguments[0])
         return str(self.arguments[1]) if self.method == "call" else None
-
-
-def _leaves(argument: Any) -> Iterator[Any]:
-    yield from pytree.tree_leaves(argument.targets if isinstance(argument, Loss) else argument)
-
-
-def _copied(argument: Any) -> Any:
-    if isinstance(argument, Loss):
-        return replace(argument, targets=_copied(argument.targets))
-    return pytree.tree_map_only(Tensor, _copy, argument)
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fxsplit.compressors import Lossless
 from fxsplit.compressors.base import Memory
 from fxsplit.compressors.nodes import decode, encode
 from fxsplit.errors import CompressorError, PlanError
+from fxsplit.runtime.streams import Marks, brought
 from fxsplit.spec import TensorSpec
 from fxsplit.stage import Edge
 
@@ -44,6 +45,7 @@ class Packet:
         requires_grad: whether the sender waits for a gradient.
         value: the value, if it is no tensor.
         checksum: of key and payload, if the packet crosses a link; see `checksum_of`.
+        marks: behind the work that makes the payload, if that is on a GPU; they stay in their process.
     """
 
     payload: tuple[Tensor, ...]
@@ -51,6 +53,7 @@ class Packet:
     requires_grad: bool = False
     value: Any = None
     checksum: int | None = None
+    marks: Marks = ()
 
     @property
     def raw_bytes(self) -> int:
@@ -64,12 +67,15 @@ class Packet:
 
 
 def checksum_of(key: Key, packet: Packet) -> int:
-    """CRC-32 of what a packet is, and of the bytes of its payload, which is contiguous and on the CPU."""
+    """CRC-32 of what a packet is, and of the bytes of its payload, as far as that is on the CPU.
+
+    What goes from GPU to GPU is not looked at.
+    """
     names = (*key, packet.spec, packet.requires_grad, [(str(t.dtype), *t.shape) for t in packet.payload])
     found = zlib.crc32(repr(names).encode())
     for tensor in packet.payload:
         flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # dense, in whatever order
-        if tensor.numel():
+        if tensor.numel() and not tensor.is_cuda:
             found = zlib.crc32(flat.view(torch.uint8).numpy().data, found)
     return found
 
@@ -113,11 +119,14 @@ def _refuse_gradients_in(value: Any, key: Key) -> None:
 
 
 def unpack(packet: Packet, edge: Edge, backward: bool, device: torch.device, memory: Memory | None = None) -> Any:
-    """Decodes a packet on the receiver's device, with what the compressor kept of the value before, if it did."""
+    """Decodes a packet on the receiver's device, with what the compressor kept of the value before, if it did.
+
+    What comes out is for the current stream of the device.
+    """
     if packet.spec is None:
         return packet.value
     codec = edge.gradient_compressor if backward else edge.compressor
-    payload = tuple(tensor.to(device) for tensor in packet.payload)
+    payload = brought(packet.payload, packet.marks, device)
     return payload[0] if isinstance(codec, Lossless) else decode(codec, payload, packet.spec, memory)
 
 

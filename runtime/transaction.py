@@ -45,8 +45,8 @@ class Before:
         if with_gradients:
             changing += [p.grad for p in parameters if p.grad is not None]
         copies = [torch.empty_like(tensor) for tensor in changing]
-        for source, copy in zip(changing, copies, strict=True):
-            copy.copy_(source)
+        if changing:
+            torch._foreach_copy_(copies, changing)
         options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return cls(optimizer, list(zip(changing, copies, strict=True)), state, options)
 

@@ -6,12 +6,13 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_any
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fxsplit.errors import PipelineError
 from fxsplit.runtime.packet import Key, Packet
 from fxsplit.runtime.pulse import Place
+from fxsplit.runtime.streams import mark
 
 CommandHandler = Callable[[str, tuple[Any, ...]], "Future[Any]"]
 
@@ -63,7 +64,11 @@ class Mailbox:
             return slot
 
     def deliver(self, key: Key, packet: Packet) -> None:
-        """Puts a packet in its slot, or refuses it."""
+        """Puts a packet in its slot, or refuses it.
+
+        Whoever takes it can tell when what is queued on the current streams by now is done.
+        """
+        marks = mark(packet.payload)
         with self._lock:
             if key.run in self._aborted:
                 return  # it was under way when the run was given up
@@ -73,7 +78,7 @@ class Mailbox:
                 if not slot.done():
                     del self._slots[key]
                 return
-        slot.set_result(packet)
+        slot.set_result(replace(packet, marks=marks) if marks else packet)
 
     def refuse(self, key: Key, reason: str) -> None:
         """What came is not what was sent: whoever waits for it gets an error."""
@@ -128,6 +133,8 @@ class Endpoint(Protocol):
 
     name: str
     mailbox: Mailbox
+    is_immediate: bool
+    """Whether sending takes the host no longer than queueing a copy."""
 
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Delivers a packet to a worker's mailbox, in the background."""

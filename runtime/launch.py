@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -10,6 +11,9 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+BOOT = Path(__file__).with_name("boot.py")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,19 @@ def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+def die_with_parent(parent_pid: int) -> None:
+    """Has the kernel kill this process when its parent ends: even one that is stopped leaves nothing behind.
+
+    Args:
+        parent_pid: of the parent; 0: it is not asked for.
+    """
+    if parent_pid and sys.platform.startswith("linux"):
+        set_parent_death_signal = 1  # of linux/prctl.h
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent_pid:
+            os._exit(0)  # it ended before the kernel knew
+
+
 class WorkerProcess:
     """One worker process. It holds our end of its standard input open: when that closes, the worker ends."""
 
@@ -62,7 +79,7 @@ class WorkerProcess:
         # The worker must find what the client finds: this package in a checkout, the modules of the user.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fxsplit.runtime.worker_main"],
+            [sys.executable, "-P", str(BOOT), "fxsplit.runtime.worker_main"],
             stdin=subprocess.PIPE,
             env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is for the client, which then ends its workers

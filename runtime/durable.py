@@ -156,6 +156,7 @@ class DurableEngine(Engine):
                     self._take_due()
             self._snapshotter.wait(_CLOSE_WAIT_S)
         self._saver.abandon()
+        self._snapshotter.close()
         super().close()
         self._lock.release()
 

@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from fxsplit.snapshots.manifest import NAME, Manifest, Part, snapshot_folders, s
 
 _WRITE_S = 600.0
 _POLL_S = 0.05
+_PARTS = "part-*.safetensors"
+_OTHER = 500  # the number of the first part, beside parts that begin at 0
 
 
 @dataclass(frozen=True)
@@ -90,18 +92,24 @@ class Saver:
         """
         self._abandoned = abandoned = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / NAME).unlink(missing_ok=True)
+        before = set(folder.glob(_PARTS))
+        first = _OTHER if folder / _part_name(0) in before else 0  # what is there stays good until the manifest
         futures: dict[str, tuple[Path, Future[Any]]] = {}
         for index, worker in enumerate((CLIENT_NAME, *self._group.remote)):
-            path = folder / f"part-{index:03d}.safetensors"
+            path = folder / _part_name(first + index)
             told = str(path.absolute()) if self._seeing[worker] else None
             futures[worker] = path, self._group.start_command(worker, "write_snapshot", told)
         versions = {"fxsplit": package_version(), "torch": torch.__version__}
 
         def finish() -> None:
-            parts = tuple(_part(worker, path, future, abandoned) for worker, (path, future) in futures.items())
-            fields = {k: v for k, v in training.__dict__.items() if k != "random"}
-            Manifest(**fields, parts=parts, versions=versions).save(folder)
+            try:
+                parts = tuple(_part(w, path, future, abandoned) for w, (path, future) in futures.items())
+                fields = {k: v for k, v in training.__dict__.items() if k != "random"}
+                Manifest(**fields, parts=parts, versions=versions).save(folder)
+            except BaseException:
+                _remove(path for path, _ in futures.values())
+                raise
+            _remove(before)
             files.sync(folder.parent)
 
         return finish
@@ -136,6 +144,16 @@ class Saver:
     def abandon(self) -> None:
         """Lets whoever waits for files give up: a worker was lost."""
         self._abandoned.set()
+
+
+def _part_name(index: int) -> str:
+    return f"part-{index:03d}.safetensors"
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _part(worker: str, path: Path, future: Future[Any], abandoned: threading.Event) -> Part:
@@ -230,6 +248,10 @@ class Snapshotter:
         if self._pending is not None:
             with contextlib.suppress(Exception):
                 self._pending[2].result(timeout=timeout_s)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(wait=False)
 
     def _warn(self, step: int, error: BaseException) -> None:
         reason = f"{error.found} ({error.what})" if isinstance(error, FxsplitError) else str(error)

@@ -218,6 +218,15 @@ def small_disk(folder: Path, size_kib: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def fill(disk: Path) -> None:
+    """Until there is no room."""
+    descriptor = os.open(disk / "ballast", os.O_WRONLY | os.O_CREAT)
+    with pytest.raises(OSError, match="No space"):
+        while True:
+            os.write(descriptor, bytes(4096))
+    os.close(descriptor)
+
+
 @pytest.mark.parametrize("fault", ["full", "read-only"])
 def test_training_goes_on_when_the_disk_is(fault: str, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
@@ -230,11 +239,7 @@ def test_training_goes_on_when_the_disk_is(fault: str, tmp_path: Path) -> None:
                 if step == 5:
                     pipe._engine._snapshotter.wait(10.0)  # type: ignore[attr-defined]
                     if fault == "full":
-                        descriptor = os.open(disk / "ballast", os.O_WRONLY | os.O_CREAT)
-                        with pytest.raises(OSError, match="No space"):
-                            while True:
-                                os.write(descriptor, bytes(4096))
-                        os.close(descriptor)
+                        fill(disk)
                     else:
                         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
 
@@ -242,6 +247,22 @@ def test_training_goes_on_when_the_disk_is(fault: str, tmp_path: Path) -> None:
                 found = train(pipe, 12, break_it)
         assert_same(found, whole(12))
         assert 2 <= fxsplit.load(disk).step <= 6
+
+
+def test_a_checkpoint_is_replaced_or_stays(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with small_disk(disk, 120), fxsplit.compile(small_model(), CHAIN, **OPTIONS) as pipe:
+        pipe(batch(0)[0])
+        for _ in range(3):
+            pipe.save(disk)
+            assert len(list(disk.glob("part-*"))) == 3
+        expected = pipe.state_dict()
+        pipe.load_state_dict({key: value + 1 for key, value in expected.items()})
+        fill(disk)
+        with pytest.raises(SnapshotError, match="No space"):
+            pipe.save(disk)
+        found = fxsplit.load(disk).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_a_directory_that_cannot_be(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gpu-test lint coverage bench-tracing bench-codecs clean
+.PHONY: help setup demo test gpu-test faults bench-reliability lint coverage bench-tracing bench-codecs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -24,6 +24,14 @@ test: $(STAMP) ## run the tests; PYTEST_ARGS="-k metrics"
 
 gpu-test: $(STAMP) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+faults: $(STAMP) ## kill, stop, cut, fill and damage: all tests of faults (slow; as root also links and disks)
+	$(BIN)/python -m pytest -m "faults or not faults" tests/faults tests/test_packets.py tests/test_fuzz.py $(PYTEST_ARGS)
+
+bench-reliability: $(STAMP) ## kill workers and clients, and a soak (slow)
+	$(BIN)/python -m benchmarks.reliability workers
+	$(BIN)/python -m benchmarks.reliability clients
+	$(BIN)/python -m benchmarks.reliability soak
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .

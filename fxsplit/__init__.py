@@ -15,11 +15,13 @@ from fxsplit.passes import rewrite
 from fxsplit.planning import Budget, Guard, Plan, Profile, plan
 from fxsplit.runtime.pipeline import Pipeline
 from fxsplit.runtime.torchrun import serve
+from fxsplit.snapshots import Checkpoint, Snapshots, load
 from fxsplit.split import split
 from fxsplit.trace import TracedModel, trace
 
 __all__ = [
     "Budget",
+    "Checkpoint",
     "Compressor",
     "CostTable",
     "FxsplitError",
@@ -27,10 +29,12 @@ __all__ = [
     "Pipeline",
     "Plan",
     "Profile",
+    "Snapshots",
     "TracedModel",
     "analyze",
     "compile",
     "compressor",
+    "load",
     "plan",
     "rewrite",
     "serve",

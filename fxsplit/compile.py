@@ -29,12 +29,16 @@ from fxsplit.runtime.built import Built
 from fxsplit.runtime.checkpointing import parse_policies
 from fxsplit.runtime.deferred_batch_norm import check_batch_norms
 from fxsplit.runtime.device_maps import sole_gpus
+from fxsplit.runtime.durable import EngineOptions
+from fxsplit.runtime.group import TIMEOUT_S
 from fxsplit.runtime.pipeline import Pipeline
 from fxsplit.runtime.rpc import Rpc
+from fxsplit.runtime.torchrun import LISTEN
 from fxsplit.runtime.transports import listening
 from fxsplit.runtime.transports import transport as find_transport
 from fxsplit.schedules import Times
 from fxsplit.schedules import schedule as find_schedule
+from fxsplit.snapshots import Snapshots
 from fxsplit.trace import ExampleInputs, TracedModel, check_module, check_names, trace
 from fxsplit.trace.call import Arguments
 from fxsplit.verify_split import check_buffers, verify_split
@@ -62,6 +66,8 @@ def compile(
     cuda_graphs: bool = False,
     listen: str | None = None,
     token: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+    snapshots: Snapshots | None = None,
 ) -> Pipeline:
     """Splits a model over devices and starts the pipeline that runs it.
 
@@ -104,6 +110,11 @@ def compile(
             docs/security.md. "torchrun": rank 0 is the client, and on every other rank this call is
             `fxsplit.serve()`. Not given: all workers are processes of this host.
         token: what they must know; the environment's FXSPLIT_TOKEN if not given, else one is made and printed.
+        timeout_s: how long a worker may be silent before it is given up. It says once a second that it lives,
+            however long it computes. One that has died is noticed at once.
+        snapshots: where training is saved as it goes. A worker that is lost is then started again, or waited for
+            if it had joined, and training goes on as if nothing had happened; and a script that is run again goes
+            on from the newest snapshot. Under torchrun, its restarts are what goes on.
 
     Returns:
         the pipeline: call it as the model.
@@ -131,6 +142,8 @@ def compile(
         name = "chunks" if chunks == AUTO else "placement"
         raise PlanError(f"{name}='auto' looks at the batch", found="no example_inputs", hint="give example_inputs")
     check_names(model, cuts or ())
+    if not timeout_s > 0:
+        raise PipelineError("not a time-out", where="timeout_s", found=repr(timeout_s), allowed="seconds, above 0")
     policies = parse_policies(checkpoint, len(placements))
     if deferred_batch_norm:
         check_batch_norms(model)
@@ -146,8 +159,8 @@ def compile(
     if built is not None and len(built.plan.devices) != len(placements):
         placements = parse_devices(built.plan.devices)
         policies = parse_policies(checkpoint, len(placements))
-    asked_of_stages = deferred_batch_norm, has_learned, policies, cuda_graphs
-    return Pipeline(model, placements, count, chosen, builder, built, *asked_of_stages)
+    engine = EngineOptions(deferred_batch_norm, policies, cuda_graphs, timeout_s, snapshots, listen != LISTEN)
+    return Pipeline(model, placements, count, chosen, builder, built, has_learned, engine)
 
 
 @dataclass

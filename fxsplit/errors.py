@@ -81,6 +81,10 @@ class DeviceError(FxsplitError):
     """A device or worker that does not exist here."""
 
 
+class SnapshotError(FxsplitError):
+    """A snapshot cannot be written, or what is read is none, or is damaged."""
+
+
 class InputError(FxsplitError):
     """A call of the pipeline with inputs it cannot take."""
 
@@ -91,6 +95,22 @@ class PipelineError(FxsplitError):
 
 class WorkerError(PipelineError):
     """A worker died, did not start, or raised an exception."""
+
+
+class WorkerLost(WorkerError):
+    """A worker died, hangs, or cannot be reached.
+
+    Attributes:
+        worker: its name.
+        stage: what it was at when it was last heard of; None if that was no action of a stage.
+        micro_batch: the same.
+        cause: how it was lost, in words.
+    """
+
+    worker: str = ""
+    stage: int | None = None
+    micro_batch: int | None = None
+    cause: str = ""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

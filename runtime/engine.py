@@ -1,11 +1,10 @@
-"""The client's engine: sets workers to work, feeds inputs, collects outputs, and notices when one fails."""
+"""The client's engine: sets workers to work, feeds inputs and collects outputs."""
 
 from __future__ import annotations
 
-import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_all
 from dataclasses import replace
@@ -14,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsplit.errors import PipelineError, WorkerError
+from fxsplit.errors import WorkerLost
 from fxsplit.planning import Plan
 from fxsplit.runtime import shipping
 from fxsplit.runtime.failure import raise_failure
+from fxsplit.runtime.group import TIMEOUT_S, Group
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.packet import Key, Packet, pack, unpack
@@ -27,8 +27,7 @@ from fxsplit.runtime.run import Run
 from fxsplit.runtime.scheduler import Scheduler
 from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.streams import brought
-from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, Transport, wait, wait_done
-from fxsplit.runtime.worker import Worker
+from fxsplit.runtime.transport import CLIENT_NAME, Transport, wait
 from fxsplit.schedules import Action, GPipe, Orders
 from fxsplit.split import Boundary, SplitModel
 from fxsplit.stage import CLIENT, Edge, Mode
@@ -38,7 +37,7 @@ _ABORT_WAIT_S = 5.0
 _LOSS_WAIT_S = 1.0
 
 
-class Engine:
+class Engine(Group):
     """Runs split models over a transport. Not safe to call from several threads at once."""
 
     def __init__(
@@ -47,43 +46,19 @@ class Engine:
         deferred_batch_norm: bool = False,
         checkpoint: Sequence[str] = (),
         cuda_graphs: bool = False,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
+        super().__init__(transport, timeout_s)
         self.metrics = Metrics()
-        self.remote: tuple[str, ...] = ()
-        self._transport = transport
         self._deferred_batch_norm = deferred_batch_norm
         self._checkpoint = tuple(checkpoint)
         self._cuda_graphs = cuda_graphs
         self._noted: set[str] = set()
-        self._endpoint: Endpoint | None = None
-        self._worker: Worker | None = None
-        self._numbers = itertools.count(1)
+        self.committed = 0  # steps of optimizers
+        self._next_run = 1
         self._discards: list[tuple[int, bool]] = []
         self._split: SplitModel | None = None
         self.backwards = 0  # how many have run: whatever was fetched of the gradients before is out of date
-
-    # ------------------------------------------------------------------ life
-
-    def start(self, workers: Iterable[str]) -> None:
-        """Starts the workers beside the client.
-
-        Raises:
-            WorkerError: one of them did not start.
-        """
-        self.remote = tuple(dict.fromkeys(w for w in workers if w != CLIENT_NAME))
-        self._endpoint = self._transport.start(self.remote, self._handle)
-        self._worker = Worker(self._endpoint, self._check)
-
-    def describe(self) -> dict[str, tuple[str, int]]:
-        """Host and process id by worker."""
-        return self._transport.describe()
-
-    def close(self) -> None:
-        """Ends all workers. Never hangs; may be called twice."""
-        if self._worker is not None:
-            self._worker.close()
-        self._endpoint = self._worker = None
-        self._transport.close()
 
     def load(self, split: SplitModel, plan: Plan, canonical: dict[str, str]) -> None:
         """Gives every worker its stages."""
@@ -98,72 +73,8 @@ class Engine:
             devices = {part.stage: part.device.rpartition("/")[2] for part in plan.parts if part.stage in held}
             arguments = (*shipping.dump(held), devices, plan.workers, canonical, guarded, TorchSettings.current())
             options = self._deferred_batch_norm, self._checkpoint, self._cuda_graphs
-            futures[worker] = self._call(worker, "load", *arguments, *options)
-        self._gather(futures)
-
-    # ------------------------------------------------------------------ commands
-
-    def broadcast(self, command: str, *arguments: Any) -> dict[str, Any]:
-        """Runs a command on every worker, the client included, and returns the results by worker."""
-        return self._gather({w: self._call(w, command, *arguments) for w in (*self.remote, CLIENT_NAME)})
-
-    def call(self, worker: str, command: str, *arguments: Any) -> Any:
-        """Runs a command on one worker."""
-        return self._gather({worker: self._call(worker, command, *arguments)})[worker]
-
-    def _call(self, worker: str, command: str, *arguments: Any) -> Future[Any]:
-        if worker == CLIENT_NAME:
-            return self._handle(command, arguments)
-        return self._open().call(worker, command, *arguments)
-
-    def _handle(self, command: str, arguments: tuple[Any, ...]) -> Future[Any]:
-        """The client's own commands run in the calling thread, where its autocast and seeds are."""
-        result: Future[Any] = Future()
-        self._open()
-        assert self._worker is not None
-        result.set_result(self._worker.execute(command, arguments))
-        return result
-
-    def _gather(self, futures: dict[str, Future[Any]]) -> dict[str, Any]:
-        pending = list(futures.values())
-        for future in pending:
-            wait_done(future, lambda: self._check_all(pending))
-        results = {worker: self._result(future) for worker, future in futures.items()}
-        for result in results.values():
-            raise_failure(result)
-        return results
-
-    def _result(self, future: Future[Any]) -> Any:
-        try:
-            return future.result()
-        except WorkerError:
-            # The connection ends a little before the process is gone; how it went says more.
-            end = time.monotonic() + _LOSS_WAIT_S
-            while time.monotonic() < end:
-                self._check()
-                time.sleep(0.02)
-            raise
-
-    def _open(self) -> Endpoint:
-        if self._endpoint is None:
-            raise PipelineError("the pipeline is closed", hint="compile the model again")
-        return self._endpoint
-
-    def _check(self) -> None:
-        if reason := self._transport.lost():
-            raise WorkerError(
-                f"lost a worker: {reason}",
-                hint="the pipeline cannot go on; close it and compile the model again",
-            )
-
-    def _check_all(self, futures: Iterable[Future[Any]]) -> None:
-        for future in futures:
-            if future.done() and future.exception() is None:
-                raise_failure(future.result())
-        self._check()
-        for future in futures:
-            if future.done():
-                self._result(future)
+            futures[worker] = self.start_command(worker, "load", *arguments, *options)
+        self.gather(futures)
 
     # ------------------------------------------------------------------ steps
 
@@ -181,7 +92,7 @@ class Engine:
         start = time.perf_counter()
         boundary = self._boundary(mode)
         edges = tuple(dict.fromkeys(leaf for leaf in boundary.outputs if isinstance(leaf, Edge)))
-        run = Run(next(self._numbers), mode, len(chunks), edges)
+        run = Run(self._new_run_number(), mode, len(chunks), edges)
         self.flush_discards()
         randomness = Randomness.of_run(self._draws(mode), len(chunks))
         with _Phase(self, run, self._halves(forward=True), grad, randomness) as phase:
@@ -192,6 +103,8 @@ class Engine:
                         run.inputs.append((m, index, edge))
             phase.run_locally()
             outputs = self._collect_all(run, phase, randomness)
+        if not grad:
+            self._open().mailbox.finish(run.number)
         self.metrics.calls += 1
         self.metrics.total_s += time.perf_counter() - start
         return run, outputs
@@ -221,6 +134,7 @@ class Engine:
                 if gradient is not None:
                     known = found.get((m, index))
                     found[m, index] = gradient if known is None else known + gradient
+        self._open().mailbox.finish(run.number)
         self.metrics.total_s += time.perf_counter() - start
         return found
 
@@ -244,7 +158,7 @@ class Engine:
         """
         start = time.perf_counter()
         boundary = self._boundary(mode)
-        run = Run(next(self._numbers), mode, len(chunks), loss.edges, outputs_at=loss.worker)
+        run = Run(self._new_run_number(), mode, len(chunks), loss.edges, outputs_at=loss.worker)
         self.flush_discards()
         self.backwards += 1
         randomness = Randomness.of_run(self._draws(mode), len(chunks))
@@ -259,11 +173,40 @@ class Engine:
             phase.run_locally()
             if loss.returns_outputs:
                 outputs = self._collect_all(run, phase, randomness)
+        self._open().mailbox.finish(run.number)
         self.scheduler.observe(span for report in phase.reports for span in report.spans)
         self.metrics.calls += 1
         self.metrics.total_s += time.perf_counter() - start
         losses = [loss for report in phase.reports for loss in self._brought(report)]
         return sum(losses[1:], losses[0]), outputs  # in the order of the micro-batches, as a loop would
+
+    def optimizer_step(self, optimizer: int, options: Sequence[Mapping[str, Any]], factor: float) -> None:
+        """One step of an optimizer: by all workers, or by none.
+
+        Every worker prepares it. When all have, they are told to commit, which cannot fail: it forgets how to take
+        the step back. If one has not, the others are told to take it back.
+
+        Args:
+            optimizer: its number.
+            options: of its parameter groups.
+            factor: by which gradients are scaled before.
+        """
+        step = self.committed + 1
+        arguments = "prepare_step", step, optimizer, options, factor
+        futures = {worker: self.start_command(worker, *arguments) for worker in (*self.remote, CLIENT_NAME)}
+        try:
+            self.gather(futures)
+        except BaseException:
+            if self._endpoint is not None:
+                lost = self._transport.lost(self._timeout_s)
+                others = [w for w in (*self.remote, CLIENT_NAME) if lost is None or w != lost.name]
+                wait_all([futures[w] for w in others], timeout=_ABORT_WAIT_S)
+                told = [self.start_command(w, "roll_back_step", step) for w in others]
+                wait_all(told, timeout=_ABORT_WAIT_S)
+            raise
+        self.committed = step
+        for worker in (*self.remote, CLIENT_NAME):
+            self.start_command(worker, "commit_step", step)
 
     def discard(self, number: int, undo: bool = False) -> None:
         """Notes that a run's backward will not come; the workers are told with the next run."""
@@ -271,9 +214,18 @@ class Engine:
 
     def flush_discards(self) -> None:
         """Tells the workers which runs they may forget."""
-        while self._discards:
-            discard = self._discards.pop()
-            told = [self._call(worker, "discard", *discard) for worker in (*self.remote, CLIENT_NAME)]
+        pending, self._discards = self._discards, []
+        if pending:
+            self.send_discards(pending)
+
+    def send_discards(self, discards: Sequence[tuple[int, bool]]) -> None:
+        """Tells the workers to forget runs.
+
+        Args:
+            discards: the number of each, and whether what it did is undone.
+        """
+        for discard in discards:
+            told = [self.start_command(worker, "discard", *discard) for worker in (*self.remote, CLIENT_NAME)]
             if discard[1]:  # before anyone reads or loads the buffers that are put back
                 wait_all(told, timeout=_ABORT_WAIT_S)
 
@@ -287,6 +239,16 @@ class Engine:
         edges = dict.fromkeys(leaf for leaf in boundary.outputs if isinstance(leaf, Edge))
         by_edge = dict(zip(edges, values, strict=True))
         return [by_edge[leaf] if isinstance(leaf, Edge) else leaf for leaf in boundary.outputs]
+
+    def _new_run_number(self) -> int:
+        number = self._next_run
+        self._next_run += 1
+        return number
+
+    def split_name(self) -> str:
+        """What the memories of compressors depend on."""
+        plan = self._plan
+        return f"{plan.devices} {plan.cut_names} {plan.chunks} {plan.compressor} {plan.gradient_compressor}"
 
     def _boundary(self, mode: Mode) -> Boundary:
         assert self._split is not None
@@ -373,7 +335,9 @@ class _Phase:
         for worker in engine.remote:
             actions = list(self._orders.get(worker, ()))
             loss = None if self._loss is None else shipping.dump(self._loss.as_seen_by(worker))
-            self._futures[worker] = engine._call(worker, "run", run.number, actions, *self._arguments, loss)
+            self._futures[worker] = engine.start_command(
+                worker, "run", run.number, actions, *self._arguments, loss
+            )
         return self
 
     def run_locally(self) -> None:
@@ -402,16 +366,20 @@ class _Phase:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         engine, number = self._engine, self._run.number
         if error is None:
-            for report in engine._gather(self._futures).values():
+            for report in engine.gather(self._futures).values():
                 if isinstance(report, RunReport):
                     self._add(report)
             return
-        if engine._endpoint is None or engine._transport.lost():
+        if engine._endpoint is None:
             return
         reason = f"given up, since another worker failed: {error}"
         engine._endpoint.mailbox.abort(number, reason)
-        for worker in engine.remote:
-            engine._call(worker, "abort", number, reason)
-        wait_all(self._futures.values(), timeout=_ABORT_WAIT_S)
+        lost = engine._transport.lost(engine._timeout_s)
+        others = [worker for worker in engine.remote if lost is None or worker != lost.name]
+        for worker in others:
+            engine.start_command(worker, "abort", number, reason)
+        wait_all([self._futures[worker] for worker in others], timeout=_ABORT_WAIT_S)
+        if lost is not None or isinstance(error, WorkerLost):
+            return  # the others are idle now
         engine.discard(number, undo=True)
         engine.flush_discards()

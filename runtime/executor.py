@@ -26,6 +26,7 @@ from fxsplit.runtime.run_state import RunState, Saved
 from fxsplit.runtime.split_backward import SplitBackward
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.schedules import Action, Work
+from fxsplit.spec import TensorSpec
 from fxsplit.stage import CLIENT, Edge, StageModule
 from fxsplit.trace.replay import Surroundings
 
@@ -62,6 +63,11 @@ class Executor:
         holding: the stages.
         memories: what compressors keep from step to step, by end of an edge and micro-batch.
         check: raises if waiting makes no more sense.
+        begins: told of each action as it begins.
+
+    Attributes:
+        action: the one under way.
+        shapes: of the inputs of its stage, for error messages; empty before they are there.
     """
 
     def __init__(
@@ -71,8 +77,11 @@ class Executor:
         holding: Holding,
         memories: dict[tuple[Any, ...], dict[str, Tensor]],
         check: Callable[[], None],
+        begins: Callable[[Action], None] = lambda action: None,
     ) -> None:
         self.action: Action | None = None
+        self.shapes = ""
+        self._begins = begins
         self._endpoint = endpoint
         self._courier = courier
         self._holding = holding
@@ -106,7 +115,8 @@ class Executor:
         self._ends = (*self._holding.workers, CLIENT_NAME if loss is None else loss.worker)
         try:
             for index, action in enumerate(actions):
-                self.action = action
+                self.action, self.shapes = action, ""
+                self._begins(action)
                 for later in actions[index : index + 1 + _AHEAD]:
                     self._announce(later)
                 self._courier.check()
@@ -220,6 +230,7 @@ class Executor:
             value, requires_grad = self._take(edge, action, backward=False)
             inputs.append((value, requires_grad and grad))
             del value  # the stage may free what it does not keep
+        self.shapes = ", ".join(str(TensorSpec.of(v)) for v, _ in inputs if isinstance(v, Tensor))
         with self._drawing(action), self._report.timing(action.work, action):
             values = dict(zip(ports.outputs, self._replay_or_run(action, inputs, saved), strict=True))
         # What stays here may be changed in place by its user: what leaves is encoded first.
@@ -374,7 +385,7 @@ class Executor:
         """Sends a model's output on to the client, from where the loss is made."""
         key = self._key(edge, end, False)
         if self._endpoint.name == CLIENT_NAME:
-            self._endpoint.mailbox.deliver(key, pack(value, edge, key))
+            self._endpoint.mailbox.put_back(key, pack(value, edge, key))
         else:
             make = partial(pack, edge=edge, key=key)
             self._courier.send(end, CLIENT_NAME, key, value, make, self._report, True)

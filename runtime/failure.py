@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import fxsplit.errors
-from fxsplit.errors import FxsplitError, GuardError, WorkerError
+from fxsplit.errors import FxsplitError, GuardError, WorkerError, WorkerLost
+from fxsplit.runtime.transport import LostWorker
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,26 @@ class Failure:
     message: str
     details: Mapping[str, Any] | None
     traceback: str
+    shapes: str | None = None
 
     @classmethod
-    def of(cls, worker: str, place: str, micro_batch: int | None, error: BaseException) -> Failure:
-        """Describes an exception that is being handled."""
+    def of(
+        cls, worker: str, place: str, micro_batch: int | None, error: BaseException, shapes: str | None = None
+    ) -> Failure:
+        """Describes an exception that is being handled.
+
+        Args:
+            worker: where it was raised.
+            place: what that worker was at.
+            micro_batch: the same, if it was at one.
+            error: the exception.
+            shapes: of the inputs of the stage, if it had them.
+        """
         details = None
         if isinstance(error, FxsplitError):
             details = {k: _text(getattr(error, k)) for k in ("what", "where", "found", "allowed", "hint")}
-        return cls(worker, place, micro_batch, type(error).__name__, str(error), details, traceback.format_exc())
+        text = traceback.format_exc()
+        return cls(worker, place, micro_batch, type(error).__name__, str(error), details, text, shapes)
 
 
 def _text(value: object) -> str | None:
@@ -53,5 +66,21 @@ def raise_failure(result: Any) -> None:
     raise WorkerError(
         f"{result.kind} on worker {result.worker}: {result.message}",
         where=place,
+        found=f"inputs {result.shapes}" if result.shapes else None,
         hint=f"the traceback of the worker:\n{result.traceback}",
     )
+
+
+def loss_of(lost: LostWorker, hint: str) -> WorkerLost:
+    """The error of the client that has lost a worker.
+
+    Args:
+        lost: which, and how.
+        hint: what to do.
+    """
+    place = None if lost.place is None else f"last heard of at: {lost.place}"
+    error = WorkerLost(f"lost a worker: worker {lost.name}, {lost.cause}", where=place, hint=hint)
+    error.worker, error.cause = lost.name, lost.cause
+    if lost.place is not None:
+        error.stage, error.micro_batch = lost.place.stage, lost.place.micro_batch
+    return error

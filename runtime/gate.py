@@ -29,9 +29,12 @@ from fxsplit.runtime.handshake import (
     refusal_of,
     send_message,
 )
+from fxsplit.runtime.pulse import Place
+from fxsplit.runtime.transport import LostWorker
 
 _HANDSHAKE_S = 10.0
 _POLL_S = 0.05
+_MOST_PENDING = 64
 
 
 class MeetingStore(Store):
@@ -100,6 +103,8 @@ class Gate:
         wanted: the devices of each worker that is waited for, by name.
         session: names this group of workers; they are told it.
         threads: of one operation; they are told it, too.
+        heard: told what a member says that it is at.
+        is_restart: whether a worker that was taken for dead may come back beside the one in its place.
 
     Raises:
         DeviceError: the address is none, or cannot be listened at.
@@ -110,6 +115,8 @@ class Gate:
     wanted: Mapping[str, Sequence[str]]
     session: str
     threads: int
+    heard: Callable[[str, Place], None] = lambda name, place: None
+    is_restart: bool = False
     members: dict[str, Member] = field(default_factory=dict)
     has_problem: WorkerError | None = None
 
@@ -120,7 +127,7 @@ class Gate:
         self._identity = Identity.of_this_process("client")
         self._lock = threading.Lock()
         self._is_closed = False
-        self._pending: set[socket.socket] = set()
+        self._pending: dict[socket.socket, None] = {}  # oldest first
         try:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
             self._server = socket.create_server((host, port), family=family, backlog=64)
@@ -151,8 +158,8 @@ class Gate:
             raise self.has_problem
         if self._is_closed:
             raise WorkerError("the pipeline was closed while workers joined")
-        if reason := self.lost():
-            raise WorkerError(f"a worker did not start: {reason}")
+        if lost := self.lost():
+            raise WorkerError(f"a worker did not start: worker {lost.name}, {lost.cause}")
 
     def await_all(self, timeout_s: float, check: Callable[[], None]) -> None:
         """Returns when all workers have joined.
@@ -174,19 +181,26 @@ class Gate:
                 )
             time.sleep(_POLL_S)
 
-    def lost(self) -> str | None:
+    def lost(self) -> LostWorker | None:
         """The first worker whose connection has ended."""
         with self._lock:
             ended = [member for member in self.members.values() if member.ending is not None]
         if not ended:
             return None
         who = ended[0].identity
-        return f"worker {who.name} (process {who.pid} on {who.host}) {ended[0].ending}"
+        return LostWorker(who.name, f"process {who.pid} on {who.host} {ended[0].ending}")
 
-    def close(self) -> None:
-        """Stops listening and hangs up: a worker that loses its connection ends."""
+    def close(self, rejoins: bool = False) -> None:
+        """Stops listening and hangs up: a worker that loses its connection ends, or joins again if told to."""
         self._is_closed = True
         _close(self._server)
+        if rejoins:
+            with self._lock:
+                members = [member.connection for member in self.members.values()]
+            for connection in members:
+                with contextlib.suppress(OSError):
+                    connection.settimeout(1.0)
+                    send_message(connection, {"rejoin": True})
         with self._lock:
             connections = [*self._pending, *(member.connection for member in self.members.values())]
         for connection in connections:
@@ -200,29 +214,45 @@ class Gate:
                 connection, _ = self._server.accept()
             except OSError:
                 return
+            with self._lock:
+                self._pending[connection] = None
+                oldest = next(iter(self._pending)) if len(self._pending) > _MOST_PENDING else None
+                if oldest is not None:
+                    del self._pending[oldest]
+            if oldest is not None:
+                _close(oldest)  # whoever opens connections and says nothing shuts nobody out for long
             threading.Thread(target=self._serve, args=(connection,), name="fxsplit joined", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         """One worker, from its first word to its last."""
-        with self._lock:
-            self._pending.add(connection)
         member = None
+        late = threading.Timer(_HANDSHAKE_S, _close, (connection,))
+        late.daemon = True
+        late.start()
         try:
             connection.settimeout(_HANDSHAKE_S)
             member = self._admit(connection)
+            late.cancel()
+            with self._lock:
+                self._pending.pop(connection, None)
             connection.settimeout(None)
             keep_alive(connection)
             while True:
-                send_message(connection, self._answer(receive_message(connection)))
+                request = receive_message(connection)
+                if request.get("do") == "beat":
+                    self.heard(member.identity.name, Place.of_message(request.get("place")))
+                else:
+                    send_message(connection, self._answer(request))
         except Refused as error:
             self._refuse(connection, error)
-        except (OSError, WorkerError) as error:
+        except (OSError, WorkerError, LookupError, TypeError, ValueError) as error:
             if member is not None:
                 member.ending = f"ended its connection ({error})"
         finally:
+            late.cancel()
             _close(connection)
             with self._lock:
-                self._pending.discard(connection)
+                self._pending.pop(connection, None)
 
     def _refuse(self, connection: socket.socket, error: Refused) -> None:
         with contextlib.suppress(OSError):
@@ -271,7 +301,7 @@ class Gate:
         with self._lock:
             if identity.name in self.members:
                 first = self.members[identity.name].identity
-                raise Refused(
+                raise (_Stranger if self.is_restart else Refused)(
                     "a worker of this name has joined already",
                     where=f"{identity.host}, process {identity.pid}",
                     found=f"{identity.name}, which is process {first.pid} on {first.host}",
@@ -303,7 +333,7 @@ class Gate:
 
 
 class _Stranger(Refused):
-    """Someone without the token: no reason to give up, since anybody can connect."""
+    """Someone without the token, or out of date: no reason to give up, since anybody can connect."""
 
 
 def _close(connection: socket.socket) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,12 +27,17 @@ class Gradients:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._optimizer_numbers = itertools.count()
         self._homes: dict[str, tuple[str, ...]] = {}
         self._tied: dict[str, tuple[str, ...]] = {}
         self._trained: dict[str, bool] = {}
         self._norms: dict[str, Tensor] | None = None
         self._fetched: dict[str, float] = {}
         self._fetched_at = 0
+
+    def new_optimizer_number(self) -> int:
+        """The number of the pipeline's next optimizer."""
+        return next(self._optimizer_numbers)
 
     def set_homes(self, homes: Mapping[str, tuple[str, ...]], trained: Mapping[str, bool]) -> None:
         """The workers that hold each parameter, home first, and whether they train it."""

@@ -35,7 +35,7 @@ _ADDRESS = re.compile(r"(?:\[(?P<six>[0-9a-fA-F:.%\w]+)\]|(?P<host>[^:\[\]\s]+))
 _LIMIT_BYTES = 1 << 20
 _LENGTH = struct.Struct("!I")
 _SIOCGIFADDR = 0x8915
-_KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 12_000}
+_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
 
 
 class Refused(WorkerError):
@@ -205,7 +205,7 @@ def receive_message(connection: socket.socket) -> dict[str, Any]:
         raise Refused("the other side does not speak fxsplit's handshake", found=f"a message of {length} bytes")
     try:
         message = json.loads(_receive_exactly(connection, length))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused("the other side does not speak fxsplit's handshake", found=str(error)) from error
     if not isinstance(message, dict):
         raise Refused("the other side does not speak fxsplit's handshake", found=type(message).__name__)
@@ -232,7 +232,7 @@ def _receive_exactly(connection: socket.socket, count: int) -> bytes:
 
 
 def keep_alive(connection: socket.socket) -> None:
-    """Lets the kernel notice within some 12 s that the other machine is gone."""
+    """Lets the kernel notice within some 30 s that the other machine is gone."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEPALIVE.items():
         if hasattr(socket, name):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fxsplit.runtime.packet import Key, Packet
-from fxsplit.runtime.transport import CLIENT_NAME, CommandHandler, Endpoint, Mailbox
+from fxsplit.runtime.transport import CLIENT_NAME, CommandHandler, Endpoint, LostWorker, Mailbox, hand_over
 from fxsplit.runtime.worker import Worker
 
 
@@ -81,9 +81,14 @@ class InProcess:
         """All are here."""
         return dict.fromkeys(self._endpoints, (socket.gethostname(), os.getpid()))
 
-    def lost(self) -> str | None:
+    def lost(self, timeout_s: float) -> LostWorker | None:
         """Threads do not get lost."""
         return None
+
+    def restarted(self) -> InProcess:
+        """Another one."""
+        self.close()
+        return InProcess()
 
     def close(self) -> None:
         """Ends the threads."""
@@ -100,6 +105,6 @@ def _serve(endpoint: _InProcessEndpoint, threads: int) -> None:
     worker = Worker(endpoint)
     while (item := endpoint.inbox.get()) is not None:
         command, arguments, result = item
-        result.set_result(worker.execute(command, arguments))
+        hand_over(worker.execute(command, arguments), result)
         del item, arguments, result  # the queue may be idle for long: hold nothing
     worker.close()

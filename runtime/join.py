@@ -10,7 +10,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from fxsplit.runtime.handshake import (
     receive_message,
     send_message,
 )
+from fxsplit.runtime.pulse import Place
 
 _HANDSHAKE_S = 10.0
 
@@ -81,6 +82,11 @@ class JoinedStore(Store):
         """Sets a value if it is what is expected."""
         request = {"do": "compare_set", "key": key, "expected": _text(expected), "desired": _text(desired)}
         return base64.b64decode(self._ask(request)["value"])
+
+    def beat(self, place: Place) -> None:
+        """Tells the client what this worker is at; there is no answer."""
+        with self._lock:
+            send_message(self._connection, {"do": "beat", "place": place})
 
 
 def _text(value: bytes | str) -> str:
@@ -141,13 +147,21 @@ def _connect(host: str, port: int, patience_s: float) -> socket.socket:
             time.sleep(0.2)
 
 
-def end_with_client(connection: socket.socket) -> None:
-    """Ends this process as soon as the connection to the client does. Nothing here is worth a tidy exit."""
+def end_with_client(connection: socket.socket, again: Callable[[], None]) -> None:
+    """Ends this process as soon as the connection to the client does. Nothing here is worth a tidy exit.
+
+    Args:
+        connection: to the client.
+        again: called instead, if the client has said that it waits for this worker to join again.
+    """
 
     def watch() -> None:
-        with contextlib.suppress(OSError):
-            while connection.recv(4096):
-                pass
+        rejoins = False
+        with contextlib.suppress(OSError, Refused):
+            while True:
+                rejoins = bool(receive_message(connection).get("rejoin"))
+        if rejoins:
+            again()
         os._exit(0)
 
     threading.Thread(target=watch, name="client watch", daemon=True).start()

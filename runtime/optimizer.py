@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +67,6 @@ class PipelineOptimizer(Optimizer):
     all parameters together (LBFGS) do not work this way and are refused.
     """
 
-    _numbers = itertools.count()
-
     def __init__(
         self,
         kind: type[Optimizer],
@@ -98,11 +95,12 @@ class PipelineOptimizer(Optimizer):
         super().__init__([dict(group) for group in template.param_groups], template.defaults)
         self.kind = kind
         self._gradients = gradients
-        self._number = next(PipelineOptimizer._numbers)
+        self.number = gradients.new_optimizer_number()
         self.is_created = False
+        self._entries: Mapping[str, Mapping[str, Any]] = {}
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step on every worker; returns when all have made it.
+        """One step on every worker; returns when all have made it. If one fails, none has.
 
         Raises:
             PipelineError: the gradients of the handles were changed by anything but one common factor.
@@ -115,7 +113,7 @@ class PipelineOptimizer(Optimizer):
         factor = self._gradients.common_factor()
         self._gradients.share_tied()
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        self._gradients.engine.broadcast("optimizer_step", self._number, options, factor)
+        self._gradients.engine.optimizer_step(self.number, options, factor)
         self._gradients.unshare_tied()
         return loss
 
@@ -127,18 +125,30 @@ class PipelineOptimizer(Optimizer):
         """Makes the workers' parts, once the workers have their stages."""
         if self.is_created:
             return
-        groups = [
-            ({k: v for k, v in group.items() if k != "params"}, names)
-            for group, names in zip(self.param_groups, self._names(), strict=True)
-        ]
-        self._gradients.engine.broadcast("create_optimizer", self._number, self.kind, groups)
+        groups = self.described_groups()
+        self._gradients.engine.broadcast("create_optimizer", self.number, self.kind, groups)
         self.is_created = True
+        if self._entries:
+            entries, self._entries = self._entries, {}
+            self.take_entries(entries)
+
+    def take_entries(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        """Takes over state by parameter name: now, or as soon as the workers' parts are there."""
+        if self.is_created:
+            self._gradients.engine.broadcast("load_optimizer_state", self.number, entries)
+        else:
+            self._entries = entries
+
+    def described_groups(self) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
+        """Options and parameter names of each group."""
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        return list(zip(options, self._names(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """State and groups in the layout of the same torch optimizer over the unsplit model's parameters."""
         self.ensure_created()
         merged: dict[str, Any] = {}
-        for state in self._gradients.engine.broadcast("optimizer_state", self._number).values():
+        for state in self._gradients.engine.broadcast("optimizer_state", self.number).values():
             for name, entry in state.items():
                 merged.setdefault(name, entry)
         count, groups, entries = 0, [], {}
@@ -163,7 +173,7 @@ class PipelineOptimizer(Optimizer):
         }
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({k: v for k, v in loaded.items() if k != "params"})
-        self._gradients.engine.broadcast("load_optimizer_state", self._number, state)
+        self._gradients.engine.broadcast("load_optimizer_state", self.number, state)
 
     def _names(self) -> Sequence[tuple[str, ...]]:
         return [tuple(handle.parameter_name for handle in group["params"]) for group in self.param_groups]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ class Packet:
         spec: of the tensor; None if the value is no tensor.
         requires_grad: whether the sender waits for a gradient.
         value: the value, if it is no tensor.
+        checksum: of key and payload, if the packet crosses a link; see `checksum_of`.
         marks: behind the work that makes the payload, if that is on a GPU; they stay in their process.
     """
 
@@ -50,6 +52,7 @@ class Packet:
     spec: TensorSpec | None = None
     requires_grad: bool = False
     value: Any = None
+    checksum: int | None = None
     marks: Marks = ()
 
     @property
@@ -61,6 +64,20 @@ class Packet:
     def wire_bytes(self) -> int:
         """Bytes of tensors that cross the link."""
         return sum(tensor.nbytes for tensor in self.payload)
+
+
+def checksum_of(key: Key, packet: Packet) -> int:
+    """CRC-32 of what a packet is, and of the bytes of its payload, as far as that is on the CPU.
+
+    What goes from GPU to GPU is not looked at.
+    """
+    names = (*key, packet.spec, packet.requires_grad, [(str(t.dtype), *t.shape) for t in packet.payload])
+    found = zlib.crc32(repr(names).encode())
+    for tensor in packet.payload:
+        flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # dense, in whatever order
+        if tensor.numel() and not tensor.is_cuda:
+            found = zlib.crc32(flat.view(torch.uint8).numpy().data, found)
+    return found
 
 
 def pack(value: Any, edge: Edge, key: Key, memory: Memory | None = None) -> Packet:

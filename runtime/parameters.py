@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxsplit.errors import PipelineError
+from fxsplit.runtime.transaction import Transaction
 from fxsplit.stage import StageModule
 
 Group = tuple[dict[str, Any], tuple[str, ...]]
@@ -24,6 +25,7 @@ class ParameterStore:
         self._stages: Mapping[int, StageModule] = {}
         self._optimizers: dict[int, Optimizer] = {}
         self._group_indices: dict[int, list[int]] = {}
+        self._transaction = Transaction()
         self.commands: Mapping[str, Callable[..., Any]] = {
             "clear_gradients": self.clear_gradients,
             "gradient_norms": self.gradient_norms,
@@ -31,7 +33,9 @@ class ParameterStore:
             "set_gradients": self.set_gradients,
             "scale_gradients": self.scale_gradients,
             "create_optimizer": self.create_optimizer,
-            "optimizer_step": self.optimizer_step,
+            "prepare_step": self.prepare_step,
+            "commit_step": self._transaction.commit,
+            "roll_back_step": self._transaction.roll_back,
             "optimizer_state": self.optimizer_state,
             "load_optimizer_state": self.load_optimizer_state,
             "load_state": self.load_state,
@@ -92,11 +96,19 @@ class ParameterStore:
             self._optimizers[number] = kind(own)  # type: ignore[call-arg]
             self._group_indices[number] = indices
 
-    def optimizer_step(self, number: int, options: Sequence[Mapping[str, Any]], factor: float) -> None:
-        """One step with the client's present options (learning rates that a scheduler changed, say)."""
+    def prepare_step(self, step: int, number: int, options: Sequence[Mapping[str, Any]], factor: float) -> None:
+        """One step, that can be taken back until it is committed.
+
+        Args:
+            step: its number among all steps of the pipeline.
+            number: of the optimizer.
+            options: the client's present ones (learning rates that a scheduler changed, say).
+            factor: by which gradients are scaled before.
+        """
         if number not in self._optimizers:
             return
         optimizer = self._optimizers[number]
+        self._transaction.begin(step, optimizer, with_gradients=factor != 1.0)
         for group, index in zip(optimizer.param_groups, self._group_indices[number], strict=True):
             group.update(options[index])
         if factor != 1.0:
@@ -125,6 +137,27 @@ class ParameterStore:
         entries = {i: dict(state[names[id(p)]]) for i, p in enumerate(order) if names[id(p)] in state}
         # torch's own loader puts each tensor on the device and dtype that its optimizer wants.
         optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def held_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Every gradient that is there, by name."""
+        return ((name, p.grad) for name, p in self._parameters.items() if p.grad is not None)
+
+    def replace_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Sets these gradients, and no others."""
+        self.clear_gradients(list(self._parameters))
+        self.set_gradients({name: g for name, g in gradients.items() if name in self._parameters})
+
+    @property
+    def optimizer_numbers(self) -> tuple[int, ...]:
+        """The optimizers that have parameters here."""
+        return tuple(self._optimizers)
+
+    def optimizer_entries(self) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+        """The state of all optimizers: number, name of the parameter, entries."""
+        for number, optimizer in self._optimizers.items():
+            for name, parameter in self._parameters.items():
+                if parameter in optimizer.state:
+                    yield number, name, optimizer.state[parameter]
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Loads entries of the model's state_dict into the stages that have them."""

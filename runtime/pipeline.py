@@ -23,12 +23,12 @@ from fxsplit.runtime import timeline
 from fxsplit.runtime.autograd import differentiable_forward
 from fxsplit.runtime.batches import check_batch, cut_batch
 from fxsplit.runtime.built import Builder, Built, WorkerInfo, worker_infos
-from fxsplit.runtime.engine import Engine
+from fxsplit.runtime.durable import EngineOptions
 from fxsplit.runtime.gradients import Gradients
 from fxsplit.runtime.homes import canonical_names, homes_of
 from fxsplit.runtime.metrics import Metrics
-from fxsplit.runtime.module_view import ModuleView
 from fxsplit.runtime.optimizer import ParameterHandle, PipelineOptimizer
+from fxsplit.runtime.saving import Saving
 from fxsplit.runtime.steps import StepReport, StepRequest, StepResult
 from fxsplit.runtime.training_state import TrainingState, check_keys, on_cpu
 from fxsplit.runtime.transport import Transport
@@ -41,7 +41,7 @@ from fxsplit.trace.traced import TracedModel, mode_name
 from fxsplit.trace.verify import keeping_modes
 
 
-class Pipeline(ModuleView):
+class Pipeline(Saving):
     """A compiled model. `fxsplit.compile` makes it.
 
     It is called as the model is, and returns what the model returns, on the client's device, where autograd
@@ -60,10 +60,8 @@ class Pipeline(ModuleView):
         transport: Transport,
         builder: Builder,
         built: Built | None = None,
-        deferred_batch_norm: bool = False,
         has_learned: bool = False,
-        checkpoint: Sequence[str] = (),
-        cuda_graphs: bool = False,
+        options: EngineOptions = EngineOptions(),  # noqa: B008  # frozen
     ) -> None:
         self.training = model.training
         self._name = type(model).__name__
@@ -76,15 +74,19 @@ class Pipeline(ModuleView):
         self._model = model
         self._state_keys = list(model.state_dict())
         self._canonical = canonical_names(model)
-        self._engine = Engine(transport, deferred_batch_norm, checkpoint, cuda_graphs)
+        self._engine = options.engine(transport)
         self._gradients = Gradients(self._engine)
         self._handles = OrderedDict(
             (name, ParameterHandle(name, parameter, self._gradients))
             for name, parameter in model.named_parameters()
         )
-        self._finalizer = weakref.finalize(self, Engine.close, self._engine)
+        self._finalizer = weakref.finalize(self, self._engine.close)
         try:
             self._engine.start(placement.worker for placement in placements)
+            device = torch.device(self._placements[0].device)
+            self._begin_record(self._name, self._state_keys, self._canonical, device)
+            if options.snapshots is not None:
+                self._resume(options.snapshots, self._name)
             if built is not None:
                 self._load([built])
         except BaseException:
@@ -225,6 +227,7 @@ class Pipeline(ModuleView):
         if state is not None:
             state.restore(self._engine, self._gradients)
         self._variants = variants
+        self._restore_pending()
 
     def _adopt_inserted(self, split_model: SplitModel) -> None:
         """The parameters and buffers of learned compressors become the pipeline's, behind those of the model."""
@@ -275,6 +278,7 @@ class Pipeline(ModuleView):
         groups = self.parameters() if parameters is None else parameters
         optimizer = PipelineOptimizer(kind, groups, self._gradients, options)
         self._gradients.optimizers.add(optimizer)
+        self._record.apply_to_optimizer(optimizer)
         return optimizer
 
     def warm_up_compressors(

@@ -30,9 +30,10 @@ from fxsplit.runtime import device_maps
 from fxsplit.runtime.gate import Gate
 from fxsplit.runtime.handshake import interface_of
 from fxsplit.runtime.launch import WorkerProcess, WorkerSettings
-from fxsplit.runtime.packet import Key, Packet
+from fxsplit.runtime.packet import Key, Packet, checksum_of
+from fxsplit.runtime.pulse import Heartbeats
 from fxsplit.runtime.streams import to_host
-from fxsplit.runtime.transport import CLIENT_NAME, CommandHandler, Endpoint, Mailbox
+from fxsplit.runtime.transport import CLIENT_NAME, CommandHandler, Endpoint, LostWorker, Mailbox
 
 START_TIMEOUT_S = 60.0
 JOIN_TIMEOUT_S = float(os.environ.get("FXSPLIT_JOIN_TIMEOUT_S", "300"))
@@ -43,8 +44,26 @@ _endpoint: RpcEndpoint | None = None
 
 
 def _deliver(key: Key, packet: Packet) -> None:
-    if _endpoint is not None:
+    if _endpoint is None:
+        return
+    if packet.checksum == checksum_of(key, packet):
         _endpoint.mailbox.deliver(key, packet)
+    else:
+        _endpoint.mailbox.refuse(key, f"the {key} was damaged on its way to {_endpoint.name}")
+
+
+def _hello() -> None:
+    """Nothing: the connection is what counts."""
+
+
+def _greet(addresses: Sequence[str]) -> None:
+    """Connects with all others.
+
+    TensorPipe connects at the first call, and accepts no more connections after one that was none of its own: a
+    stray one could keep two workers apart for ever. Once all are connected it can do no harm.
+    """
+    for answer in [rpc.rpc_async(address, _hello, timeout=START_TIMEOUT_S) for address in addresses]:
+        answer.wait()
 
 
 @rpc.functions.async_execution  # type: ignore[untyped-decorator]
@@ -127,11 +146,14 @@ class RpcEndpoint:
             store.set(f"{word}/{rank}", "1")
             if word == "member" or rank == 0:
                 store.wait([f"{word}/{other}" for other in range(world_size)])
+            if word == "member":
+                _greet([info.name for info in agent.get_worker_infos() if info.name != self._address(self.name)])
 
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Hands the packet to TensorPipe, which sends it in the background."""
         payload = tuple(_compact(tensor, self._direct.get(to)) for tensor in packet.payload)
-        return self._invoke(to, _deliver, key, replace(packet, payload=payload))
+        compact = replace(packet, payload=payload)
+        return self._invoke(to, _deliver, key, replace(compact, checksum=checksum_of(key, compact)))
 
     def call(self, to: str, command: str, *arguments: Any) -> Future[Any]:
         """Runs a command there."""
@@ -220,6 +242,7 @@ class Rpc:
         listen: "HOST:PORT" at which named workers join; None: all are started here.
         token: what they must know.
         joining: the devices of each worker that joins, by name.
+        is_restart: whether workers join again, and a stray one of before may, too.
 
     Attributes:
         gpus: the workers between which tensors go from GPU to GPU, each with its device; see `device_maps`.
@@ -228,16 +251,22 @@ class Rpc:
     name = "rpc"
 
     def __init__(
-        self, listen: str | None = None, token: str = "", joining: Mapping[str, Sequence[str]] | None = None
+        self,
+        listen: str | None = None,
+        token: str = "",
+        joining: Mapping[str, Sequence[str]] | None = None,
+        is_restart: bool = False,
     ) -> None:
         self._listen = listen
         self._token = token
         self._joining = dict(joining or {})
+        self._is_restart = is_restart
         self.gpus: Mapping[str, int] = {}
         self._processes: list[WorkerProcess] = []
         self._gate: Gate | None = None
         self._endpoint: RpcEndpoint | None = None
         self._closed = threading.Event()
+        self._heartbeats = Heartbeats()
 
     def start(self, workers: Sequence[str], handler: CommandHandler) -> Endpoint:
         """Starts one process a worker, or waits for it, and joins the group with them."""
@@ -255,6 +284,7 @@ class Rpc:
                 self._start_here(workers, session, self._endpoint)
             else:
                 self._let_in(workers, session, self._endpoint)
+            self._heartbeats.begin(tuple(workers))
         except BaseException:
             self.close()
             raise
@@ -268,7 +298,8 @@ class Rpc:
             store.set_timeout(datetime.timedelta(seconds=START_TIMEOUT_S))
             for rank, name in enumerate(workers, start=1):
                 settings = WorkerSettings(name, session, rank, len(workers) + 1, path, torch.get_num_threads())
-                self._processes.append(WorkerProcess(settings))
+                with self._heartbeats.socket_for(name) as pulse:
+                    self._processes.append(WorkerProcess(replace(settings, pulse=pulse.fileno())))
             self._await_ready(store)
             endpoint.join(store, 0, len(workers) + 1, gpus=self.gpus)
         finally:
@@ -278,7 +309,10 @@ class Rpc:
         """Workers with a name join from where they are; the others are started here and join, too."""
         assert self._listen is not None
         wanted = {name: self._joining.get(name, ()) for name in workers}
-        self._gate = Gate(self._listen, self._token, wanted, session, torch.get_num_threads())
+        heard = self._heartbeats.heard
+        self._gate = Gate(
+            self._listen, self._token, wanted, session, torch.get_num_threads(), heard, self._is_restart
+        )
         for name in workers:
             if name not in self._joining:
                 settings = WorkerSettings(
@@ -290,15 +324,16 @@ class Rpc:
         endpoint.join(self._gate.store, 0, len(workers) + 1, interface_of(address), self.gpus)
 
     def _check_processes(self) -> None:
-        if reason := self._lost_process():
-            raise WorkerError(f"a worker did not start: {reason}", hint="its own message is above")
+        if lost := self._lost_process():
+            raise WorkerError(
+                f"a worker did not start: worker {lost.name}, {lost.cause}", hint="its own message is above"
+            )
 
     def _await_ready(self, store: Store) -> None:
         end = time.monotonic() + START_TIMEOUT_S
         waiting = [process.settings.name for process in self._processes]
         while waiting:
-            if reason := self.lost():
-                raise WorkerError(f"a worker did not start: {reason}", hint="its own message is above")
+            self._check_processes()
             if time.monotonic() > end:
                 raise WorkerError(
                     "workers did not start in time",
@@ -317,25 +352,48 @@ class Rpc:
             places |= {n: (m.identity.host, m.identity.pid) for n, m in self._gate.members.items()}
         return places
 
-    def lost(self) -> str | None:
-        """The first worker whose process, or connection, has ended."""
-        return self._lost_process() or (self._gate.lost() if self._gate is not None else None)
+    def lost(self, timeout_s: float) -> LostWorker | None:
+        """The first worker whose process, or connection, has ended; or which has been silent for so long."""
+        if lost := self._lost_process():
+            return replace(lost, place=self._heartbeats.place(lost.name))
+        if self._gate is not None and (ended := self._gate.lost()):
+            return replace(ended, place=self._heartbeats.place(ended.name))
+        if (silent := self._heartbeats.silent(timeout_s)) is None:
+            return None
+        name, silence_s = silent
+        host, pid = self.describe()[name]
+        cause = f"process {pid} on {host} has not been heard of for {silence_s:.1f} s: it hangs, or is cut off"
+        return LostWorker(name, cause, self._heartbeats.place(name))
 
-    def _lost_process(self) -> str | None:
+    def _lost_process(self) -> LostWorker | None:
         for process in self._processes:
             if (ending := process.ending()) is not None:
-                return f"worker {process.settings.name} (process {process.pid}) {ending}"
+                return LostWorker(process.settings.name, f"process {process.pid} {ending}")
         return None
 
-    def close(self) -> None:
-        """Leaves the group and ends the processes; those that do not end by themselves are killed."""
+    def restarted(self) -> Rpc:
+        """Ends the processes at once; workers that have joined are told to join again."""
+        for process in self._processes:
+            process.kill()
+        self.close(rejoins=True)
+        other = Rpc(self._listen, self._token, self._joining, is_restart=True)
+        other.gpus = self.gpus
+        return other
+
+    def close(self, rejoins: bool = False) -> None:
+        """Leaves the group and ends the processes; those that do not end by themselves are killed.
+
+        Args:
+            rejoins: whether workers that have joined are to join again.
+        """
         if self._closed.is_set():
             return
         self._closed.set()
+        self._heartbeats.close()
         if self._endpoint is not None:
             self._endpoint.close()
         if self._gate is not None:
-            self._gate.close()
+            self._gate.close(rejoins)
         for process in self._processes:
             process.hang_up()
         for process in self._processes:

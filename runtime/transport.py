@@ -6,11 +6,12 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_any
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fxsplit.errors import PipelineError
 from fxsplit.runtime.packet import Key, Packet
+from fxsplit.runtime.pulse import Place
 from fxsplit.runtime.streams import mark
 
 CommandHandler = Callable[[str, tuple[Any, ...]], "Future[Any]"]
@@ -21,13 +22,38 @@ CLIENT_NAME = "client"
 """The worker that calls the pipeline."""
 
 
+@dataclass(frozen=True)
+class LostWorker:
+    """A worker that is gone, or silent.
+
+    Attributes:
+        name: the worker.
+        cause: which process it was, and how it was lost.
+        place: what it was at when it was last heard of, if it was.
+    """
+
+    name: str
+    cause: str
+    place: Place | None = None
+
+
 class Mailbox:
-    """Packets that have arrived or are waited for, by key. Safe to use from several threads."""
+    """Packets that have arrived or are waited for, by key. Safe to use from several threads.
+
+    A key is good for one packet: one that comes twice, or after its run is over, is refused and counted. The order
+    in which packets come does not matter, since each is taken by its key.
+
+    Attributes:
+        refused: packets that were not taken: duplicates, and those of runs that are over.
+    """
 
     def __init__(self) -> None:
+        self.refused = 0
         self._lock = threading.Lock()
         self._slots: dict[Key, Future[Packet]] = {}
+        self._taken: dict[int, set[Key]] = {}
         self._aborted: dict[int, str] = {}
+        self._over: dict[int, None] = {}
 
     def receive(self, key: Key) -> Future[Packet]:
         """The packet, now or when it comes."""
@@ -38,28 +64,64 @@ class Mailbox:
             return slot
 
     def deliver(self, key: Key, packet: Packet) -> None:
-        """Puts a packet in its slot; a packet of a run that was given up is dropped.
+        """Puts a packet in its slot, or refuses it.
 
         Whoever takes it can tell when what is queued on the current streams by now is done.
         """
         marks = mark(packet.payload)
         with self._lock:
             if key.run in self._aborted:
-                return
+                return  # it was under way when the run was given up
             slot = self._slots.setdefault(key, Future())
+            if key.run in self._over or slot.done() or key in self._taken.get(key.run, ()):
+                self.refused += 1
+                if not slot.done():
+                    del self._slots[key]
+                return
         slot.set_result(replace(packet, marks=marks) if marks else packet)
+
+    def refuse(self, key: Key, reason: str) -> None:
+        """What came is not what was sent: whoever waits for it gets an error."""
+        with self._lock:
+            self.refused += 1
+            slot = self._slots.setdefault(key, Future())
+        if not slot.done():
+            slot.set_exception(PipelineError(reason))
 
     def forget(self, key: Key) -> None:
         """Drops a packet that has been used."""
         with self._lock:
             self._slots.pop(key, None)
+            if key.run not in self._aborted:
+                self._taken.setdefault(key.run, set()).add(key)
+
+    def put_back(self, key: Key, packet: Packet) -> None:
+        """Puts a packet that was taken into its slot again, for somebody else in this process."""
+        with self._lock:
+            self._taken.get(key.run, set()).discard(key)
+        self.deliver(key, packet)
+
+    def finish(self, run: int) -> None:
+        """Nothing of this run may come any more."""
+        with self._lock:
+            self._end(run)
+            for key in [key for key in self._slots if key.run == run]:
+                del self._slots[key]
+
+    def _end(self, run: int) -> None:
+        self._taken.pop(run, None)
+        self._over[run] = None
+        if len(self._over) > _REMEMBERED_RUNS:
+            del self._over[next(iter(self._over))]
 
     def abort(self, run: int, reason: str) -> None:
         """Whoever waits for a packet of this run gets an error at once."""
         with self._lock:
             self._aborted[run] = reason
+            self._end(run)
             while len(self._aborted) > _REMEMBERED_RUNS:
-                del self._aborted[next(iter(self._aborted))]
+                oldest = next(iter(self._aborted))
+                del self._aborted[oldest]
             waiting = [self._slots.pop(key) for key in list(self._slots) if key.run == run]
         for slot in waiting:
             if not slot.done():
@@ -103,11 +165,30 @@ class Transport(Protocol):
     def describe(self) -> dict[str, tuple[str, int]]:
         """Host and process id of each worker."""
 
-    def lost(self) -> str | None:
-        """What happened to a worker that is gone, or None while all are there."""
+    def lost(self, timeout_s: float) -> LostWorker | None:
+        """A worker that is gone, or has been silent for longer than the time-out; None while all are there."""
+
+    def restarted(self) -> Transport:
+        """Ends all workers at once, and gives a transport that can start them again."""
 
     def close(self) -> None:
         """Ends all workers. Never hangs; may be called twice."""
+
+
+def hand_over(outcome: Any, result: Future[Any]) -> None:
+    """Sets the result of a command: what it returned, or what comes of the future that it returned."""
+    if not isinstance(outcome, Future):
+        result.set_result(outcome)
+        return
+
+    def copy(done: Future[Any]) -> None:
+        error = done.exception()
+        if error is None:
+            result.set_result(done.result())
+        else:
+            result.set_exception(error)
+
+    outcome.add_done_callback(copy)
 
 
 def wait_done(future: Future[Any], check: Callable[[], None], poll_s: float = 0.2) -> None:

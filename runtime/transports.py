@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import warnings
 from collections.abc import Sequence
 
 from fxsplit.errors import PlanError
@@ -63,6 +64,7 @@ def listening(listen: str, token: str | None, placements: Sequence[Placement], n
             found=", ".join(placement.spelling for placement in placements),
             allowed="at least one entry such as 'server/cuda:0'",
         )
+    _warn_of_peers(listen)
     known = os.environ.get(TOKEN_VARIABLE) if token is None else token
     if not known:
         known = secrets.token_urlsafe(16)
@@ -70,3 +72,16 @@ def listening(listen: str, token: str | None, placements: Sequence[Placement], n
             command = f"{TOKEN_VARIABLE}={known} fxsplit worker --join {listen} --name {worker}"
             print(f"fxsplit waits for worker {worker}; on its machine: {command}", file=sys.stderr, flush=True)
     return Rpc(listen, known, joining)
+
+
+def _warn_of_peers(listen: str) -> None:
+    """Says what listening beyond this host means."""
+    host, _ = parse_address(listen, "listen")
+    if host == "localhost" or host.startswith("127.") or host == "::1":
+        return
+    warnings.warn(
+        f"fxsplit listens at {listen}: workers that join prove that they know the token, but afterwards all speak "
+        "torch's RPC on that network, without authentication and encryption. Whoever can connect to it there can "
+        "run code as this user, on every worker. Use a private network, such as WireGuard: docs/security.md",
+        stacklevel=4,
+    )

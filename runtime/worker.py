@@ -17,9 +17,11 @@ from fxsplit.runtime.executor import Executor, Holding
 from fxsplit.runtime.failure import Failure
 from fxsplit.runtime.graphs import StageGraphs, refusal
 from fxsplit.runtime.imitation import Imitation
+from fxsplit.runtime.keeping import Keeper
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.memory import peak_memory_bytes
 from fxsplit.runtime.parameters import ParameterStore
+from fxsplit.runtime.pulse import IDLE, Place, Pulse
 from fxsplit.runtime.randomness import Randomness
 from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.run_state import RunState
@@ -38,10 +40,14 @@ class Worker:
     Args:
         endpoint: this worker's end of the transport.
         check: raises if waiting makes no more sense (a worker died, the run failed elsewhere).
+        pulse: told what this worker is at.
     """
 
-    def __init__(self, endpoint: Endpoint, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, endpoint: Endpoint, check: Callable[[], None] = lambda: None, pulse: Pulse | None = None
+    ) -> None:
         self._endpoint = endpoint
+        self._pulse = pulse or Pulse()
         self.check = check
         self._holding = Holding()
         self._runs: dict[int, RunState] = {}
@@ -52,6 +58,7 @@ class Worker:
         self._imitation = Imitation()
         self._shrinking: list[Shrink] = []
         self._memories: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+        self._keeper = Keeper(self._parameters, self._memories)
         self._courier = Courier(endpoint, torch.get_num_threads())
         self._executor = self._new_executor()
         self.commands: Mapping[str, Callable[..., Any]] = {
@@ -62,19 +69,22 @@ class Worker:
             "clock": time.perf_counter,
             **self._parameters.commands,
             **self._imitation.commands,
+            **self._keeper.commands,
         }
 
     def execute(self, command: str, arguments: tuple[Any, ...]) -> Any:
         """The result of a command, or a `Failure`."""
         self._executor.action = None
+        self._pulse.at(Place(command))
         try:
             return self.commands[command](*arguments)
         except Exception as error:
             action = self._executor.action
-            place = (
-                f"{action.kind} of stage {action.stage}, micro-batch {action.micro_batch}" if action else command
-            )
-            return Failure.of(self._endpoint.name, place, action.micro_batch if action else None, error)
+            place = str(_place_of(action)) if action else command
+            shapes = self._executor.shapes if action else None
+            return Failure.of(self._endpoint.name, place, action.micro_batch if action else None, error, shapes)
+        finally:
+            self._pulse.at(IDLE)
 
     # ------------------------------------------------------------------ commands
 
@@ -124,6 +134,7 @@ class Worker:
         self._shrinking = [m for stage in stages.values() for m in stage.modules() if isinstance(m, Shrink)]
         self._parameters.hold(stages, canonical)
         self._imitation.hold(stages)
+        self._keeper.hold(self._holding)
         self._executor = self._new_executor()
 
     def _may_record(self) -> bool:
@@ -131,7 +142,8 @@ class Worker:
 
     def _new_executor(self) -> Executor:
         check = lambda: self.check()  # noqa: E731  # the client's changes with each run
-        return Executor(self._endpoint, self._courier, self._holding, self._memories, check)
+        begins = lambda action: self._pulse.at(_place_of(action))  # noqa: E731
+        return Executor(self._endpoint, self._courier, self._holding, self._memories, check, begins)
 
     def run(
         self,
@@ -163,6 +175,8 @@ class Worker:
         self._holding.batch_norms.commit()
         if not run.saved:
             del self._runs[number]
+            if self._endpoint.name != CLIENT_NAME:  # which still collects what comes out
+                self._endpoint.mailbox.finish(number)
         self._pace.end()
         report.spans += self._courier.links()
         if self._holding.graphs is not None:
@@ -209,3 +223,8 @@ class Worker:
     def close(self) -> None:
         """Ends the threads beside this one."""
         self._courier.close()
+        self._keeper.close()
+
+
+def _place_of(action: Action) -> Place:
+    return Place(action.kind, action.stage, action.micro_batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -42,4 +43,9 @@ def worker(
                 found=f"no {TOKEN_VARIABLE} in the environment",
                 hint=f"{TOKEN_VARIABLE}=... fxsplit worker --join {join} --name {name}; the client prints it",
             )
-        serve_joined(join, name, token, device, patience)
+        serve_joined(join, name, token, device, patience, _join_again)
+
+
+def _join_again() -> None:
+    """Becomes the same command anew: a process that has served is not put back to its beginning otherwise."""
+    os.execv(sys.executable, [sys.executable, "-m", "fxsplit", *sys.argv[1:]])

@@ -35,8 +35,8 @@ def refuse(where: str, found: object, allowed: str) -> NoReturn:
     raise PlanError("the plan is damaged", where=where, found=shown, allowed=allowed)
 
 
-def parse_json(text: str) -> object:
-    """The JSON value of `text`, with no NaN, no infinity and no key given twice.
+def parse_json(text: str, constants: bool = False) -> object:
+    """The JSON value of `text`, with no key given twice; and with no NaN and no infinity, unless `constants`.
 
     Raises:
         PlanError: not JSON (line and column are named), or too large.
@@ -44,7 +44,8 @@ def parse_json(text: str) -> object:
     if len(text) > SIZE_LIMIT:
         refuse("the document", f"{len(text)} characters", f"at most {SIZE_LIMIT}")
     try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
+        constant = float if constants else _no_constant
+        return json.loads(text, parse_constant=constant, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise PlanError("the plan is damaged", where=place, found=error.msg, allowed="valid JSON") from error

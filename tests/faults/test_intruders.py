@@ -1,0 +1,131 @@
+"""Whoever connects without the token changes nothing for those who have it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fxsplit
+from benchmarks.reliability.faults import descriptors, listening_ports
+from fxsplit.errors import WorkerError
+from fxsplit.runtime.gate import Gate
+from fxsplit.runtime.join import join
+from tests.faults.scripts import CHAIN, CUTS, assert_same, batch, small_model, train
+from tests.test_joining import TOKEN, free_port, joining
+
+NOISE = 200
+
+
+def noise(seed: int) -> list[bytes]:
+    """Random bytes, frames of right and wrong length, JSON that is no handshake, other protocols' first words."""
+    numbers = random.Random(seed)
+    said = [b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"SSH-2.0-x\r\n", b"\xff" * 64]
+    for text in (b"[" * 100_000, b"{}", b"null", b'{"nonce": 1}', b'{"proof": []}', b'{"refused": {"what": 1}}'):
+        said.append(len(text).to_bytes(4, "big") + text)
+    while len(said) < NOISE:
+        length = numbers.choice([0, 1, 4, 100, 2**20, 2**32 - 1])
+        said.append(length.to_bytes(4, "big") + numbers.randbytes(numbers.randint(0, 300)))
+    return said
+
+
+@contextlib.contextmanager
+def disturbed(ports: list[int]) -> Iterator[None]:
+    """All the noise to each port, and ten connections that stay open and say nothing."""
+    with contextlib.ExitStack() as open_ones:
+        for port in ports:
+            for said in noise(port):
+                with (
+                    contextlib.suppress(OSError),
+                    socket.create_connection(("127.0.0.1", port), timeout=2.0) as peer,
+                ):
+                    peer.sendall(said)
+            for _ in range(10):
+                with contextlib.suppress(OSError):
+                    open_ones.enter_context(socket.create_connection(("127.0.0.1", port), timeout=2.0))
+        yield
+
+
+def test_noise_at_every_port_does_not_disturb_training() -> None:
+    options: dict[str, Any] = {"cuts": CUTS, "chunks": 2, "verify": False}
+    with fxsplit.compile(small_model(), CHAIN, transport="in_process", **options) as pipe:
+        torch.manual_seed(1)
+        expected = train(pipe, 6)
+    with fxsplit.compile(small_model(), CHAIN, **options) as pipe:
+        pids = [worker.pid for worker in pipe.workers]
+        ports = [port for pid in pids for port in listening_ports(pid)]
+        assert len(ports) >= 3
+        torch.manual_seed(1)
+        with disturbed(ports):
+            found = train(pipe, 6)
+        assert [worker.pid for worker in pipe.workers] == pids
+    assert_same(found, expected)
+
+
+@pytest.mark.faults
+def test_noise_at_the_gate_shuts_nobody_out() -> None:
+    """Before a worker has joined, and afterwards; threads and descriptors come back."""
+    port, (x, y) = free_port(), batch(0)
+    before = descriptors(os.getpid())
+
+    def shout() -> None:
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+                break
+            time.sleep(0.05)
+        with disturbed([port]):
+            time.sleep(1.0)
+
+    thread = threading.Thread(target=shout)
+    thread.start()
+    options: dict[str, Any] = {"cuts": ["3"], "listen": f"127.0.0.1:{port}", "token": TOKEN, "verify": False}
+    with joining(port, "server"), fxsplit.compile(small_model(0.0), ["cpu", "server/cpu"], **options) as pipe:
+        thread.join()
+        with disturbed([port]):
+            loss: Tensor = pipe.step(x, target=y, loss_fn=F.cross_entropy).loss
+        reference = F.cross_entropy(small_model(0.0)(x), y)
+        assert torch.allclose(loss, reference)
+    end_s = time.monotonic() + 15.0
+    while descriptors(os.getpid()) > before + 2 or sum(t.name == "fxsplit joined" for t in threading.enumerate()):
+        assert time.monotonic() < end_s, "connections are left"
+        time.sleep(0.1)
+
+
+def test_silent_connections_do_not_fill_the_gate() -> None:
+    port = free_port()
+    gate = Gate(f"127.0.0.1:{port}", TOKEN, {"server": ["cpu"]}, "session", 1)
+    with contextlib.ExitStack() as silent:
+        try:
+            for _ in range(200):
+                silent.enter_context(socket.create_connection(("127.0.0.1", port), timeout=2.0))
+            member = join(f"127.0.0.1:{port}", "server", TOKEN, None, 5.0)
+            assert gate.missing == [] and len(gate._pending) <= 65
+            member.connection.close()
+        finally:
+            gate.close()
+
+
+def test_a_guessed_token_is_refused_and_the_right_one_taken() -> None:
+    port = free_port()
+    gate = Gate(f"127.0.0.1:{port}", TOKEN, {"server": ["cpu"]}, "session", 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for guess in ("", "a", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "é" * 40):
+                with pytest.raises(WorkerError, match="the token is not the client's"):
+                    join(f"127.0.0.1:{port}", "server", guess, None, 5.0)
+        assert gate.has_problem is None and gate.missing == ["server"]
+        join(f"127.0.0.1:{port}", "server", TOKEN, None, 5.0).connection.close()
+    finally:
+        gate.close()

@@ -1,0 +1,143 @@
+"""Training goes on when workers are lost, or the client: bit for bit as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fxsplit
+from fxsplit.errors import SnapshotError, WorkerLost
+from tests.faults.scripts import CHAIN, CUTS, ROOT, assert_same, batch, small_model, start, train
+from tests.processes import worker_processes
+
+OPTIONS: dict[str, Any] = {"cuts": CUTS, "chunks": 2, "verify": False}
+STEPS = 12
+
+
+def undisturbed(**options: Any) -> dict[str, torch.Tensor]:
+    with fxsplit.compile(small_model(), CHAIN, transport="in_process", **{**OPTIONS, **options}) as pipe:
+        torch.manual_seed(1)
+        return train(pipe, STEPS)
+
+
+@pytest.mark.parametrize(
+    "compressor", [None, pytest.param("poweriter(rank=4, feedback=true)", marks=pytest.mark.faults)]
+)
+def test_killed_workers_change_nothing(compressor: str | None, tmp_path: Path) -> None:
+    """One is killed between steps, one within a step, one twice; one hangs. Codecs with a memory go on, too."""
+    expected = undisturbed(compressor=compressor)
+    snapshots = fxsplit.Snapshots(tmp_path / "snapshots", every=3)
+    with fxsplit.compile(
+        small_model(), CHAIN, snapshots=snapshots, timeout_s=3.0, compressor=compressor, **OPTIONS
+    ) as pipe:
+
+        def fault(step: int) -> None:
+            pids = {worker.name: worker.pid for worker in pipe.workers}
+            if step in (2, 8):
+                os.kill(pids["one"], signal.SIGKILL)
+            if step == 5 and compressor is not None:
+                os.kill(pids["two"], signal.SIGSTOP)
+
+        torch.manual_seed(1)
+        with pytest.warns(UserWarning, match="all workers are started again, from step"):
+            found = train(pipe, STEPS, fault)
+        assert pipe.committed_steps == STEPS
+    assert_same(found, expected)
+    assert worker_processes() == []
+
+
+def test_without_snapshots_it_says_so(tmp_path: Path) -> None:
+    with fxsplit.compile(small_model(), CHAIN, **OPTIONS) as pipe, pytest.raises(WorkerLost, match="snapshots="):
+        train(pipe, 3, lambda step: os.kill(pipe.workers[1].pid, signal.SIGKILL) if step == 1 else None)
+
+
+SCRIPT = """
+import os, signal, sys, threading, time
+import fxsplit, torch
+from tests.faults.scripts import *
+
+directory, moment_s, out = sys.argv[1], float(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+snapshots = fxsplit.Snapshots(directory, every=2)
+with fxsplit.compile(small_model(), CHAIN, cuts=CUTS, chunks=2, verify=False, snapshots=snapshots) as pipe:
+    torch.manual_seed(1)
+    def at(step):
+        if step == int(moment_s):
+            threading.Timer(moment_s % 1 / 20, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    print("from", pipe.committed_steps, flush=True)
+    torch.save(train(pipe, 12, at), out)
+"""
+
+
+@pytest.mark.parametrize("moment", ["4.1", pytest.param("7.5", marks=pytest.mark.faults)])
+def test_a_killed_client_goes_on_where_it_was(moment: str, tmp_path: Path) -> None:
+    script, out = tmp_path / "script.py", tmp_path / "state.pt"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{SCRIPT}")
+    first = start(script, str(tmp_path / "snapshots"), moment, str(out))
+    assert "from 0" in first.communicate(timeout=60)[0] and first.returncode == -signal.SIGKILL
+    second = start(script, str(tmp_path / "snapshots"), "-1", str(out))
+    said, errors = second.communicate(timeout=60)
+    assert second.returncode == 0, errors
+    assert int(said.split()[1]) >= 2, "it begins with a snapshot"
+    assert_same(torch.load(out), undisturbed())
+
+
+def test_a_step_is_made_by_all_or_by_none(tmp_path: Path) -> None:
+    """The optimizer of one worker fails in its second step, after the others have prepared theirs."""
+
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            result = super().step(closure)
+            steps = self.state.setdefault("steps", {"count": 0})  # type: ignore[call-overload]
+            steps["count"] += 1
+            if steps["count"] == 2 and len(self.param_groups[0]["params"]) == 6:
+                raise RuntimeError("out of luck")
+            return result
+
+    with fxsplit.compile(small_model(0.0), CHAIN, **{**OPTIONS, "transport": "in_process"}) as pipe:
+        x, y = batch(0)
+        optimizer = pipe.optimizer(Failing, lr=0.1, momentum=0.9)
+        for _ in range(2):
+            optimizer.zero_grad()
+            pipe.step(x, target=y, loss_fn=torch.nn.functional.cross_entropy)
+            before, committed = pipe.state_dict(), pipe.committed_steps
+            if committed == 0:
+                optimizer.step()
+        with pytest.raises(fxsplit.FxsplitError, match="out of luck"):
+            optimizer.step()
+        assert pipe.committed_steps == 1
+        for key, value in pipe.state_dict().items():
+            assert torch.equal(value, before[key]), key
+
+
+def test_two_pipelines_do_not_share_a_directory(tmp_path: Path) -> None:
+    options = {**OPTIONS, "transport": "in_process", "snapshots": fxsplit.Snapshots(tmp_path)}
+    taken = pytest.raises(SnapshotError, match="another pipeline has this directory")
+    with fxsplit.compile(small_model(), CHAIN, **options), taken:
+        fxsplit.compile(small_model(), CHAIN, **options)
+    fxsplit.compile(small_model(), CHAIN, **options).close()
+
+
+@pytest.mark.faults
+def test_time_to_recover(tmp_path: Path) -> None:
+    snapshots = fxsplit.Snapshots(tmp_path, every=50)
+    with fxsplit.compile(small_model(), CHAIN, snapshots=snapshots, **OPTIONS) as pipe:
+        died_s: list[float] = []
+
+        def fault(step: int) -> None:
+            if step == 5:
+                os.kill(pipe.workers[1].pid, signal.SIGKILL)
+                died_s.append(time.monotonic())
+            if step == 6:
+                died_s.append(time.monotonic())
+
+        with pytest.warns(UserWarning, match="5 steps are done again"):
+            train(pipe, 8, fault)
+        assert died_s[1] - died_s[0] < 15.0
+        print(f"{died_s[1] - died_s[0]:.2f} s from death to the next committed step")

@@ -1,0 +1,195 @@
+"""Whatever a file, a text or a stranger says: an error of fxsplit's own, in time, or a result that holds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import fxsplit
+from fxsplit.cli import app
+from fxsplit.commands.inputs import parse_inputs
+from fxsplit.compressors import compressor
+from fxsplit.compressors.spelling import parse_spelling
+from fxsplit.errors import FxsplitError
+from fxsplit.planning import parse_devices
+from fxsplit.planning.units import parse_bandwidth, parse_bytes, parse_count, parse_seconds
+from fxsplit.runtime.checkpointing import parse_policies
+from fxsplit.runtime.handshake import Identity, parse_address, receive_message, send_message
+from fxsplit.runtime.pulse import Place
+from fxsplit.snapshots.manifest import Manifest
+
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "bytes": parse_bytes,
+    "bandwidth": parse_bandwidth,
+    "seconds": parse_seconds,
+    "count": parse_count,
+    "spelling": parse_spelling,
+    "compressor": compressor,
+    "devices": lambda text: parse_devices(text.split(",")),
+    "address": lambda text: parse_address(text, "here"),
+    "inputs": lambda text: parse_inputs([text]),
+    "policies": lambda text: parse_policies(text, 3),
+    "plan": fxsplit.Plan.from_json,
+}
+PIECES = st.sampled_from(
+    [
+        "uniform8",
+        "sortquant",
+        "(",
+        ")",
+        ",",
+        "=",
+        "+",
+        "rank=",
+        "1e999",
+        "-1",
+        "nan",
+        "GB",
+        "Mbit/s",
+        "ms",
+        "cpu",
+        "/",
+        ":",
+    ]
+)
+TEXTS = st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=8).map("".join))
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize("name", PARSERS)
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS)
+def test_no_text_breaks_a_parser(name: str, text: str) -> None:
+    with contextlib.suppress(FxsplitError):
+        found = PARSERS[name](text)
+        if isinstance(found, float):
+            assert math.isfinite(found) and found >= 0
+
+
+MANIFEST: dict[str, Any] = {
+    "format": 1,
+    "step": 3,
+    "model": "M",
+    "keys": ["a"],
+    "ties": {"a": "a"},
+    "split": "s",
+    "optimizers": [{"kind": "k", "groups": [{"options": {"lr": 0.1}, "parameters": ["a"]}]}],
+    "loop": {"passes": 1, "batches": 2},
+    "parts": [
+        {"worker": "w", "file": "part-000.safetensors", "size_bytes": 0, "sha256": "0" * 64, "values": {"a": 1}}
+    ],
+    "versions": {"torch": "2"},
+}
+
+
+def paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to every value in a JSON document."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [at, *(path for key, entry in inner for path in paths(entry, (*at, key)))]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(paths(MANIFEST)[1:]), JSON, st.booleans())
+def test_no_manifest_is_taken_on_trust(path: tuple[Any, ...], value: Any, removes: bool) -> None:
+    """One value anywhere is another, or is not there."""
+    document = json.loads(json.dumps(MANIFEST))
+    holder = document
+    for key in path[:-1]:
+        holder = holder[key]
+    if removes:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = value
+    with contextlib.suppress(FxsplitError):
+        found = Manifest.from_json(document)
+        assert all("/" not in part.file and ".." not in part.file for part in found.parts)
+        assert all(0 <= part.size_bytes < 2**63 for part in found.parts)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=300))
+def test_no_file_breaks_loading(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(data)
+    with pytest.raises(FxsplitError):
+        fxsplit.load(tmp_path)
+    (tmp_path / "plan.json").write_bytes(data)
+    with pytest.raises(FxsplitError):
+        fxsplit.Plan.load(tmp_path / "plan.json")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.one_of(st.binary(max_size=200), JSON.map(lambda value: json.dumps(value).encode())))
+def test_no_message_breaks_the_handshake(data: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(5.0)
+        theirs.sendall(len(data).to_bytes(4, "big") + data)
+        theirs.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(FxsplitError):
+            message = receive_message(ours)
+            assert isinstance(message, dict)
+            Identity.from_json(message)
+
+
+@given(JSON)
+def test_no_sign_of_life_breaks_the_client(message: Any) -> None:
+    place = Place.of_message(message)
+    assert isinstance(str(place), str) and len(place.work) <= 200
+
+
+@given(st.dictionaries(st.text(max_size=10), JSON, max_size=4))
+def test_messages_arrive_as_they_were_sent(message: dict[str, Any]) -> None:
+    message.pop("refused", None)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        thread = threading.Thread(target=send_message, args=(theirs, message))
+        thread.start()
+        found = receive_message(ours)
+        thread.join()
+    assert json.dumps(found) == json.dumps(message)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["codecs", "plan", "trace", "analyze", "worker", "bench", ""]), st.lists(TEXTS, max_size=4))
+def test_no_command_line_gives_a_traceback(command: str, arguments: list[str]) -> None:
+    """An exit status and a message; none of these names a model, so that nothing is run."""
+    clean = [argument.replace("\0", "") for argument in arguments if not argument.endswith(".py")]
+    result = CliRunner().invoke(app, [command, *clean, "--no-such-option"])
+    assert result.exit_code != 0
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["uniform8", "sortquant8", "fastquant4", "topk", "fp16", "none", "kmeans4"]),
+    st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    st.sampled_from([0.0, 1.0, 1e-30, 1e30, -7.5]),
+)
+def test_codecs_send_what_they_say(spelling: str, shape: list[int], scale: float) -> None:
+    codec = compressor(spelling)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))) * scale
+    spec = fxsplit.spec.TensorSpec.of(x)
+    try:
+        wire = codec.wire(spec)
+    except FxsplitError:
+        return
+    payload = codec.encode(x)
+    assert [fxsplit.spec.TensorSpec.of(t) for t in payload] == list(wire)
+    back = codec.decode(payload, spec)
+    assert back.shape == x.shape and back.dtype == x.dtype and bool(torch.isfinite(back).all())

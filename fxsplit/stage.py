@@ -143,6 +143,11 @@ class StageModule(nn.Module):
         """Edges and graph of a mode."""
         return self._fxsplit_graphs[mode]
 
+    @property
+    def graphs(self) -> Mapping[Mode, StageGraph]:
+        """Edges and graph of every mode."""
+        return self._fxsplit_graphs
+
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
         """The values that leave the stage, as first recorded."""
         return self.run(Mode(0, self.training), *inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_all
 from typing import Any
@@ -19,6 +19,9 @@ from fxsplit.runtime.transport import Endpoint, wait
 from fxsplit.schedules import Action
 
 Decode = Callable[[Packet], Any]
+
+SMALL_BYTES = 1 << 16
+"""Of a packet whose sending costs more than its bytes do."""
 
 
 class SendError(Exception):
@@ -37,8 +40,8 @@ class Courier:
     it was announced with `expect`: a worker announces what its next actions need, and no more, since what is
     decoded takes more memory than what is encoded.
 
-    On a GPU both work on streams of their own. What needs no more there than a copy to be queued is done by the
-    thread that hands it over: another one would only be woken for it.
+    On a GPU both work on streams of their own. What needs no more there than a copy to be queued, or on the CPU no
+    more than a small message, is done by the thread that hands it over: waking another one takes longer.
 
     Args:
         endpoint: this worker's end of the transport.
@@ -96,7 +99,7 @@ class Courier:
                 sent = self._endpoint.send(to, key, packet)
             sent.add_done_callback(lambda _: self._note(to, key, packet.wire_bytes, end))
 
-        is_quick = is_plain and marks and self._endpoint.is_immediate
+        is_quick = is_plain and (is_small(value) or (marks and self._endpoint.is_immediate))
         job = _done(work) if is_quick else self._sender.submit(work)
         self._sending.append((action, job))
         return job
@@ -124,7 +127,18 @@ class Courier:
         self._encoding.join()
         self.check()
 
+    def send_all(self, to: str, packets: Sequence[tuple[Key, Packet]], report: RunReport) -> None:
+        """Sends packets that are small and not encoded, together."""
+        if packets:
+            for key, packet in packets:
+                report.add_packet(to, key, packet)
+            self._endpoint.send_all(to, packets)
+
     # ------------------------------------------------------------------ in
+
+    def is_expected(self, key: Key) -> bool:
+        """Whether a packet was announced and not taken yet."""
+        return key in self._expected
 
     def expect(
         self, key: Key, decode: Decode, report: RunReport, device: torch.device, is_plain: bool = False
@@ -138,8 +152,6 @@ class Courier:
             device: where it is decoded.
             is_plain: whether decoding is nothing but to bring it there.
         """
-        if key in self._expected:
-            return
         value: Future[Any] = Future()
         self._expected[key] = value
 
@@ -148,7 +160,8 @@ class Courier:
                 value.set_exception(slot.exception())
                 return
             packet = slot.result()
-            is_quick = is_plain and device.type == "cuda" and packet.marks and all(map(_is_cuda, packet.payload))
+            is_there = all(tensor.device.type == device.type for tensor in packet.payload)
+            is_quick = is_plain and is_there and (device.type == "cpu" or packet.marks)
             if is_quick:
                 open_it(packet)
             elif not _submit(self._receiver, open_it, packet):
@@ -204,8 +217,9 @@ class Courier:
             self._links.append(Span.of_packet("send", key, start, end, wire_bytes, to))
 
 
-def _is_cuda(tensor: Tensor) -> bool:
-    return tensor.is_cuda
+def is_small(value: Any) -> bool:
+    """Whether a tensor on the CPU is sent in less time than it takes to wake a thread for it."""
+    return isinstance(value, Tensor) and not value.is_cuda and value.nbytes <= SMALL_BYTES
 
 
 def _done(work: Callable[[], None]) -> Future[None]:

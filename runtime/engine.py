@@ -16,7 +16,9 @@ from torch import Tensor
 from fxsplit.errors import WorkerLost
 from fxsplit.planning import Plan
 from fxsplit.runtime import shipping
+from fxsplit.runtime.courier import SMALL_BYTES
 from fxsplit.runtime.failure import raise_failure
+from fxsplit.runtime.fingerprint import fingerprints
 from fxsplit.runtime.group import TIMEOUT_S, Group
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.metrics import Metrics
@@ -57,6 +59,7 @@ class Engine(Group):
         self.committed = 0  # steps of optimizers
         self._next_run = 1
         self._discards: list[tuple[int, bool]] = []
+        self._together: dict[str, list[tuple[Key, Packet]]] = {}  # fed and not sent yet
         self._split: SplitModel | None = None
         self.backwards = 0  # how many have run: whatever was fetched of the gradients before is out of date
 
@@ -72,7 +75,7 @@ class Engine(Group):
             held = {i: split.stages[i] for i, name in enumerate(plan.workers) if name == worker}
             devices = {part.stage: part.device.rpartition("/")[2] for part in plan.parts if part.stage in held}
             arguments = (*shipping.dump(held), devices, plan.workers, canonical, guarded, TorchSettings.current())
-            options = self._deferred_batch_norm, self._checkpoint, self._cuda_graphs
+            options = self._deferred_batch_norm, self._checkpoint, self._cuda_graphs, fingerprints(held)
             futures[worker] = self.start_command(worker, "load", *arguments, *options)
         self.gather(futures)
 
@@ -286,7 +289,16 @@ class Engine(Group):
             self.metrics.add_traffic(
                 LinkTraffic(CLIENT_NAME, to, backward, packet.raw_bytes, packet.wire_bytes, 1)
             )
-            endpoint.send(to, key, packet)
+            together = self._together.setdefault(to, [])
+            together.append((key, packet))
+            if sum(known.wire_bytes for _, known in together) > SMALL_BYTES:
+                self._send_fed(to)
+
+    def _send_fed(self, *workers: str) -> None:
+        """Sends what was fed to workers and is still here: small packets go together."""
+        for to in workers:
+            if packets := self._together.pop(to, []):
+                self._open().send_all(to, packets)
 
     def _collect(self, run: Run, index: int, micro_batch: int, check: Callable[[], None]) -> Any:
         edge = run.edges[index]
@@ -332,6 +344,7 @@ class _Phase:
     def __enter__(self) -> _Phase:
         engine, run = self._engine, self._run
         engine._open()
+        engine._together.clear()
         for worker in engine.remote:
             actions = list(self._orders.get(worker, ()))
             loss = None if self._loss is None else shipping.dump(self._loss.as_seen_by(worker))
@@ -342,6 +355,7 @@ class _Phase:
 
     def run_locally(self) -> None:
         """The client's own stages, in this thread."""
+        self._engine._send_fed(*self._engine.remote)
         worker = self._engine._worker
         assert worker is not None
         actions: list[Action] = list(self._orders.get(CLIENT_NAME, ()))

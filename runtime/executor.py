@@ -15,9 +15,10 @@ from fxsplit.compressors import Lossless
 from fxsplit.compressors.base import Memory
 from fxsplit.errors import PipelineError
 from fxsplit.runtime.checkpointing import is_checkpointed, run_checkpointed
-from fxsplit.runtime.courier import Courier, SendError
+from fxsplit.runtime.courier import Courier, SendError, is_small
 from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
 from fxsplit.runtime.graphs import Lease, StageGraphs
+from fxsplit.runtime.live_memory import Ledger
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.packet import GradientTap, Key, Packet, pack, unpack
 from fxsplit.runtime.randomness import seeded, set_states, state_key, states
@@ -44,6 +45,7 @@ class Holding:
         batch_norms: the layers whose statistics are deferred.
         checkpoint: the policy of every stage; empty: "never".
         graphs: recordings of the stages, if there are to be any.
+        ledger: counts the bytes that are kept, if that was asked for.
     """
 
     stages: Mapping[int, StageModule] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class Holding:
     batch_norms: DeferredBatchNorm = field(default_factory=lambda: DeferredBatchNorm(()))
     checkpoint: tuple[str, ...] = ()
     graphs: StageGraphs | None = None
+    ledger: Ledger | None = None
 
 
 class Executor:
@@ -109,6 +112,7 @@ class Executor:
         """
         self._number, self._run, self._surroundings, self._report = number, run, surroundings, report
         self._loss = loss
+        self._outputs: list[tuple[Key, Packet]] = []
         self._last = max((action.micro_batch for action in actions), default=0)
         self._split = {(action.stage, action.micro_batch) for action in actions if action.work is Work.INPUT}
         # Where the model's outputs go: to the caller, or to the worker that makes the loss.
@@ -122,6 +126,7 @@ class Executor:
                 self._courier.check()
                 self._do(action)
             self.action = None
+            self._courier.send_all(CLIENT_NAME, self._outputs, report)
             self._courier.finish()
         except SendError as error:
             self._courier.drain()
@@ -164,6 +169,9 @@ class Executor:
                     self._expect(edge, action, backward=True)
 
     def _expect(self, edge: Edge, action: Action, backward: bool) -> None:
+        key = self._key(edge, action, backward)
+        if self._courier.is_expected(key):
+            return
         device = self._holding.devices[min(action.stage, len(self._holding.workers) - 1)]
         has_memory = backward or self._surroundings.grad
         memory = self._memory("receive", edge, action.micro_batch, backward) if has_memory else None
@@ -172,8 +180,7 @@ class Executor:
             return unpack(packet, edge, backward, device, memory), packet.requires_grad
 
         codec = edge.gradient_compressor if backward else edge.compressor
-        key, is_plain = self._key(edge, action, backward), isinstance(codec, Lossless)
-        self._courier.expect(key, decode, self._report, device, is_plain)
+        self._courier.expect(key, decode, self._report, device, isinstance(codec, Lossless))
 
     def _take(self, edge: Edge, action: Action, backward: bool) -> tuple[Any, bool]:
         """A value and whether its maker waits for a gradient."""
@@ -231,6 +238,8 @@ class Executor:
             inputs.append((value, requires_grad and grad))
             del value  # the stage may free what it does not keep
         self.shapes = ", ".join(str(TensorSpec.of(v)) for v, _ in inputs if isinstance(v, Tensor))
+        ledger = self._holding.ledger
+        before_bytes = ledger.live_bytes if ledger is not None else 0
         with self._drawing(action), self._report.timing(action.work, action):
             values = dict(zip(ports.outputs, self._replay_or_run(action, inputs, saved), strict=True))
         # What stays here may be changed in place by its user: what leaves is encoded first.
@@ -244,6 +253,9 @@ class Executor:
         if grad:
             saved.values = {n: v for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad}
             self._run.saved[action.stage, action.micro_batch] = saved
+            if ledger is not None:
+                saved.held += ledger.hold(saved.values.values())
+                self._report.kept(action.stage, self._run.count(action.stage), ledger.live_bytes - before_bytes)
         elif saved.lease is not None:
             saved.lease.release()
 
@@ -267,7 +279,12 @@ class Executor:
             ready.append(value)
             del value
         with saved.inspection.forward() if saved.inspection else nullcontext(), self._surroundings.active():
-            return self._compute(action, ready)
+            if (ledger := self._holding.ledger) is None:
+                return self._compute(action, ready)
+            with ledger.saving(ready):
+                if self._is_checkpointed(action):
+                    saved.held = ledger.hold(value for value in ready if isinstance(value, Tensor))
+                return self._compute(action, ready)
 
     def _compute(self, action: Action, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """The values that leave a stage."""
@@ -334,7 +351,7 @@ class Executor:
                 # What is computed again would be so for each part.
                 taps = [] if self._is_checkpointed(action) else list(saved.taps.values())
                 saved.weights = SplitBackward(outputs, list(gradients.values()), taps)
-                saved.values = {}
+                saved.values, saved.held = {}, []
             elif gradients:
                 torch.autograd.backward(outputs, list(gradients.values()))
         if action.work is Work.BACKWARD:
@@ -386,6 +403,8 @@ class Executor:
         key = self._key(edge, end, False)
         if self._endpoint.name == CLIENT_NAME:
             self._endpoint.mailbox.put_back(key, pack(value, edge, key))
+        elif is_small(value):  # the client looks at it when the step is done
+            self._outputs.append((key, pack(value.clone(), edge, key)))
         else:
             make = partial(pack, edge=edge, key=key)
             self._courier.send(end, CLIENT_NAME, key, value, make, self._report, True)

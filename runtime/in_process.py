@@ -29,9 +29,14 @@ class _InProcessEndpoint:
         self._handler = handler
 
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
+        """See `send_all`."""
+        return self.send_all(to, [(key, packet)])
+
+    def send_all(self, to: str, packets: Sequence[tuple[Key, Packet]]) -> Future[None]:
         """Copies the payload, as a link would: what one worker does in place must not reach the other."""
-        copies = tuple(t.clone(memory_format=torch.preserve_format) for t in packet.payload)
-        self._peers[to].mailbox.deliver(key, replace(packet, payload=copies))
+        for key, packet in packets:
+            copies = tuple(t.clone(memory_format=torch.preserve_format) for t in packet.payload)
+            self._peers[to].mailbox.deliver(key, replace(packet, payload=copies))
         done: Future[None] = Future()
         done.set_result(None)
         return done

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field, fields
 
 from rich.console import Group
@@ -80,6 +80,9 @@ class Metrics:
         links: bytes by (source, target, backward).
         bandwidths: by (source, target): values and gradients that go this way.
         peak_memory_bytes: by worker: the most that its CUDA devices' memory, or else its process, has held.
+        live_bytes: by worker: activations kept at one time, at most; counted in `Pipeline.live_memory` alone.
+        live_micro_batches: the same by stage, in micro-batches.
+        stage_bytes: by stage: what one micro-batch keeps.
         stage_count: of the pipeline.
         reports: the latest, for `Pipeline.trace`.
     """
@@ -92,6 +95,9 @@ class Metrics:
     links: dict[tuple[str, str, bool], LinkTraffic] = field(default_factory=dict)
     bandwidths: dict[tuple[str, str], Bandwidth] = field(default_factory=dict)
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    live_bytes: dict[str, int] = field(default_factory=dict)
+    live_micro_batches: dict[int, int] = field(default_factory=dict)
+    stage_bytes: dict[int, int] = field(default_factory=dict)
     stage_count: int = 0
     reports: deque[tuple[str, list[Span]]] = field(default_factory=lambda: deque(maxlen=KEPT_REPORTS))
 
@@ -100,6 +106,8 @@ class Metrics:
         self.calls, self.samples, self.total_s = 0, 0, 0.0
         for sums in (self.workers, self.stages, self.links, self.bandwidths, self.peak_memory_bytes, self.reports):
             sums.clear()
+        for most in (self.live_bytes, self.live_micro_batches, self.stage_bytes):
+            most.clear()
 
     def add(self, report: RunReport) -> None:
         """Adds what a worker measured."""
@@ -107,22 +115,26 @@ class Metrics:
         self.workers[report.worker] = self.workers.get(report.worker, WorkerTime()) + own
         known = self.peak_memory_bytes.get(report.worker, 0)
         self.peak_memory_bytes[report.worker] = max(known, report.peak_memory_bytes)
+        self.live_bytes[report.worker] = max(self.live_bytes.get(report.worker, 0), report.live_bytes)
+        for found, known_of in (
+            (report.live_micro_batches, self.live_micro_batches),
+            (report.stage_bytes, self.stage_bytes),
+        ):
+            known_of |= {stage: max(number, known_of.get(stage, 0)) for stage, number in found.items()}
         for traffic in report.traffic.values():
             self.add_traffic(traffic)
+        of_stages: defaultdict[int, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
         for span in report.spans:
             if span.kind == "send":
                 link = report.worker, span.peer
                 self.bandwidths[link] = self.bandwidths.get(link, Bandwidth()) + Bandwidth.of(span)
-            else:
-                self._add_to_stage(span)
+                continue
+            stage = span.target if span.kind == "decode" else span.source
+            if 0 <= stage < self.stage_count:  # not the inputs and outputs of the model
+                of_stages[stage]["compute_s" if span.kind in _WORK else f"{span.kind}_s"] += span.seconds
+        for stage, seconds in of_stages.items():
+            self.stages[stage] = self.stages.get(stage, WorkerTime()) + WorkerTime(**seconds)
         self.reports.append((report.worker, report.spans))
-
-    def _add_to_stage(self, span: Span) -> None:
-        stage = span.target if span.kind == "decode" else span.source
-        if not 0 <= stage < self.stage_count:
-            return  # inputs and outputs of the model
-        what = "compute_s" if span.kind in _WORK else f"{span.kind}_s"
-        self.stages[stage] = self.stages.get(stage, WorkerTime()) + WorkerTime(**{what: span.seconds})
 
     def add_traffic(self, traffic: LinkTraffic) -> None:
         """Adds bytes of a link."""

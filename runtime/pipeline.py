@@ -26,6 +26,7 @@ from fxsplit.runtime.built import Builder, Built, WorkerInfo, worker_infos
 from fxsplit.runtime.durable import EngineOptions
 from fxsplit.runtime.gradients import Gradients
 from fxsplit.runtime.homes import canonical_names, homes_of
+from fxsplit.runtime.live_report import LiveMemory, live_memory
 from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.optimizer import ParameterHandle, PipelineOptimizer
 from fxsplit.runtime.saving import Saving
@@ -362,6 +363,15 @@ class Pipeline(Saving):
         self._require_built("events")
         clocks = timeline.clock_offsets_s(self._engine.remote, lambda worker: self._engine.call(worker, "clock"))
         return timeline.events(self.metrics.reports, clocks)
+
+    def live_memory(self, step: Callable[[], Any]) -> LiveMemory:
+        """Counts what a step's activations take, beside what its schedule's simulation says.
+
+        Args:
+            step: runs one `step` of this pipeline; it is called twice.
+        """
+        self._require_built("live_memory")
+        return live_memory(self._engine, step)
 
     @property
     def workers(self) -> tuple[WorkerInfo, ...]:

@@ -98,6 +98,9 @@ class RunReport:
         notes: what the user is to be told, once.
         marks: behind the work that makes them, if they are on a GPU of this process.
         peak_memory_bytes: the most that its devices' memory (CUDA), or else its process, has held so far.
+        live_bytes: of activations that were kept at one time, at most; as the next two, if that is counted.
+        live_micro_batches: the same in micro-batches, by stage.
+        stage_bytes: what one micro-batch keeps, by stage.
     """
 
     worker: str
@@ -111,6 +114,9 @@ class RunReport:
     marks: Marks = ()
     notes: list[str] = field(default_factory=list)
     peak_memory_bytes: int = 0
+    live_bytes: int = 0
+    live_micro_batches: dict[int, int] = field(default_factory=dict)
+    stage_bytes: dict[int, int] = field(default_factory=dict)
 
     @contextmanager
     def timing(self, kind: str, action: Action) -> Iterator[None]:
@@ -123,6 +129,11 @@ class RunReport:
             what = "wait_s" if kind == "wait" else "compute_s"
             setattr(self, what, getattr(self, what) + end - start)
             self.spans.append(Span(kind, action.stage, action.stage, action.micro_batch, start, end))
+
+    def kept(self, stage: int, micro_batches: int, own_bytes: int) -> None:
+        """A forward is done: what is kept of its stage, and the bytes that this micro-batch has added."""
+        self.live_micro_batches[stage] = max(self.live_micro_batches.get(stage, 0), micro_batches)
+        self.stage_bytes[stage] = max(self.stage_bytes.get(stage, 0), own_bytes)
 
     def encoded(self, key: Key, packet: Packet, start_s: float, end_s: float) -> None:
         """A packet was encoded."""

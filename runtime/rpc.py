@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore, Store
-from torch._C._distributed_rpc import TensorPipeAgent
+from torch._C._distributed_rpc import TensorPipeAgent, WorkerInfo
 from torch.distributed import autograd as dist_autograd
 from torch.distributed import rpc
 
@@ -43,13 +43,14 @@ _endpoint: RpcEndpoint | None = None
 """This process's end: `torch.distributed.rpc` is one to a process, and calls functions, not methods."""
 
 
-def _deliver(key: Key, packet: Packet) -> None:
-    if _endpoint is None:
+def _deliver(packets: Sequence[tuple[Key, Packet]]) -> None:
+    if (endpoint := _endpoint) is None:
         return
-    if packet.checksum == checksum_of(key, packet):
-        _endpoint.mailbox.deliver(key, packet)
-    else:
-        _endpoint.mailbox.refuse(key, f"the {key} was damaged on its way to {_endpoint.name}")
+    for key, packet in packets:
+        if packet.checksum == checksum_of(key, packet):
+            endpoint.mailbox.deliver(key, packet)
+        else:
+            endpoint.mailbox.refuse(key, f"the {key} was damaged on its way to {endpoint.name}")
 
 
 def _hello() -> None:
@@ -102,6 +103,7 @@ class RpcEndpoint:
         self.handler = handler
         self._session = session
         self._direct: dict[str, torch.device] = {}
+        self._infos: dict[str, WorkerInfo] = {}
 
     def join(
         self,
@@ -129,7 +131,7 @@ class RpcEndpoint:
         # Sockets alone: the shared memory transport polls with a thread that is never idle, in every process, and
         # on few cores the stages then compute several times slower (measured: 7 s a step instead of 1).
         options = rpc.TensorPipeRpcBackendOptions(
-            num_worker_threads=8, rpc_timeout=0, _transports=["uv"], _channels=channels
+            num_worker_threads=4, rpc_timeout=0, _transports=["uv"], _channels=channels
         )
         for address, pairs in by_address.items():
             options.set_device_map(address, pairs)  # type: ignore[arg-type]
@@ -151,9 +153,12 @@ class RpcEndpoint:
 
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Hands the packet to TensorPipe, which sends it in the background."""
-        payload = tuple(_compact(tensor, self._direct.get(to)) for tensor in packet.payload)
-        compact = replace(packet, payload=payload)
-        return self._invoke(to, _deliver, key, replace(compact, checksum=checksum_of(key, compact)))
+        return self.send_all(to, [(key, packet)])
+
+    def send_all(self, to: str, packets: Sequence[tuple[Key, Packet]]) -> Future[None]:
+        """Hands packets to TensorPipe as one message."""
+        direct = self._direct.get(to)
+        return self._invoke(to, _deliver, [(key, _ready_to_send(key, packet, direct)) for key, packet in packets])
 
     def call(self, to: str, command: str, *arguments: Any) -> Future[Any]:
         """Runs a command there."""
@@ -173,7 +178,9 @@ class RpcEndpoint:
     def _invoke(self, to: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         result: Future[Any] = Future()
         try:
-            answer = rpc.rpc_async(self._address(to), function, args=arguments, timeout=0)
+            if to not in self._infos:
+                self._infos[to] = rpc.get_worker_info(self._address(to))
+            answer = rpc.rpc_async(self._infos[to], function, args=arguments, timeout=0)
         except RuntimeError as error:
             result.set_exception(WorkerError(f"worker {to} cannot be reached", where=to, found=str(error)))
             return result
@@ -189,6 +196,11 @@ def _resolve(to: str, done: torch.futures.Future[Any], result: Future[Any]) -> N
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         result.set_exception(WorkerError(f"worker {to} did not answer", where=to, found=first_line))
+
+
+def _ready_to_send(key: Key, packet: Packet, direct: torch.device | None) -> Packet:
+    compact = replace(packet, payload=tuple(_compact(tensor, direct) for tensor in packet.payload))
+    return replace(compact, checksum=checksum_of(key, compact))
 
 
 def _compact(tensor: Tensor, direct: torch.device | None) -> Tensor:

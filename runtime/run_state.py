@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fxsplit.runtime.graphs import Inspection, Lease
+from fxsplit.runtime.live_memory import Held
 from fxsplit.runtime.packet import GradientTap
 from fxsplit.runtime.randomness import Randomness
 from fxsplit.runtime.split_backward import SplitBackward
@@ -24,6 +25,7 @@ class Saved:
         inspection: looks at it, if the stage was run as it is.
         lease: the slot, if it was replayed.
         waiting: the edge of each input whose maker waits for a gradient, then.
+        held: what of this is counted, if memory is.
     """
 
     taps: dict[Edge, GradientTap]
@@ -32,6 +34,7 @@ class Saved:
     inspection: Inspection | None = None
     lease: Lease | None = None
     waiting: tuple[Edge | None, ...] = ()
+    held: list[Held] = field(default_factory=list)
 
 
 @dataclass
@@ -52,6 +55,10 @@ class RunState:
     def has_graph(self) -> bool:
         """Whether a graph of autograd's is alive for it."""
         return any(saved.lease is None and saved.values for saved in self.saved.values())
+
+    def count(self, stage: int) -> int:
+        """The micro-batches that are kept of a stage."""
+        return sum(number == stage for number, _ in self.saved)
 
     def forget(self) -> None:
         """Its backward will not come."""

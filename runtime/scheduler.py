@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from fxsplit.errors import PlanError
@@ -51,6 +51,15 @@ class Scheduler:
             self.times = measured_times(self.times, spans)
             if self._schedule.follows_times:
                 self._made = None
+
+    def learn_bytes(self, stage_bytes: Mapping[int, int]) -> None:
+        """Learns what one micro-batch of each stage was counted to keep."""
+        stages = tuple(
+            replace(times, live_bytes=stage_bytes.get(stage, times.live_bytes))
+            for stage, times in enumerate(self.times.stages)
+        )
+        self.times = replace(self.times, stages=stages)
+        self._made = None
 
     def _checked(self) -> tuple[Orders, Timeline]:
         if self._made is None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_any
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -139,6 +138,9 @@ class Endpoint(Protocol):
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Delivers a packet to a worker's mailbox, in the background."""
 
+    def send_all(self, to: str, packets: Sequence[tuple[Key, Packet]]) -> Future[None]:
+        """The same for several packets at once: what each costs beside its bytes is then paid once."""
+
     def call(self, to: str, command: str, *arguments: Any) -> Future[Any]:
         """Runs a command on a worker and brings its result."""
 
@@ -193,8 +195,11 @@ def hand_over(outcome: Any, result: Future[Any]) -> None:
 
 def wait_done(future: Future[Any], check: Callable[[], None], poll_s: float = 0.2) -> None:
     """Returns when the future is done; until then, `check` may raise to end the wait."""
-    while not wait_any([future], timeout=poll_s).done:
-        check()
+    while not future.done():
+        try:
+            future.exception(poll_s)
+        except (TimeoutError, CancelledError):
+            check()
 
 
 def wait(future: Future[Any], check: Callable[[], None]) -> Any:

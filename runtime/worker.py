@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxsplit.compressors.decaying_linear import Shrink
-from fxsplit.runtime import shipping
+from fxsplit.runtime import fingerprint, shipping
 from fxsplit.runtime.courier import Courier
 from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
 from fxsplit.runtime.executor import Executor, Holding
@@ -18,6 +19,7 @@ from fxsplit.runtime.failure import Failure
 from fxsplit.runtime.graphs import StageGraphs, refusal
 from fxsplit.runtime.imitation import Imitation
 from fxsplit.runtime.keeping import Keeper
+from fxsplit.runtime.live_memory import Ledger
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.memory import peak_memory_bytes
 from fxsplit.runtime.parameters import ParameterStore
@@ -67,6 +69,7 @@ class Worker:
             "discard": self.discard,
             "state": self.state,
             "clock": time.perf_counter,
+            "count_memory": self.count_memory,
             **self._parameters.commands,
             **self._imitation.commands,
             **self._keeper.commands,
@@ -100,6 +103,7 @@ class Worker:
         deferred_batch_norm: bool,
         checkpoint: Sequence[str],
         cuda_graphs: bool,
+        prints: Mapping[str, str],
     ) -> None:
         """Takes the stages over.
 
@@ -114,9 +118,11 @@ class Worker:
             deferred_batch_norm: running statistics are those of whole batches.
             checkpoint: the policy of every stage; none if they are "never" checkpointed.
             cuda_graphs: stages on GPUs are replayed as CUDA graphs.
+            prints: the client's fingerprints of the stages.
         """
         settings.apply()
         stages = shipping.load(data, tensors)
+        fingerprint.check(prints, stages)
         placed = {stage: torch.device(device) for stage, device in devices.items()}
         for number, module in stages.items():
             module.to(placed[number])
@@ -135,6 +141,12 @@ class Worker:
         self._parameters.hold(stages, canonical)
         self._imitation.hold(stages)
         self._keeper.hold(self._holding)
+        self._executor = self._new_executor()
+
+    def count_memory(self, is_counted: bool) -> None:
+        """Counts the bytes of activations from now on, or no longer."""
+        ledger = Ledger(self._holding.stages.values()) if is_counted else None
+        self._holding = replace(self._holding, ledger=ledger)
         self._executor = self._new_executor()
 
     def _may_record(self) -> bool:
@@ -171,7 +183,10 @@ class Worker:
         for layer in self._shrinking:
             layer.micro_batches = 1 + max((action.micro_batch for action in actions), default=0)
         made = shipping.load(*loss) if isinstance(loss, tuple) else loss
+        if (ledger := self._holding.ledger) is not None:
+            ledger.reset()
         self._executor.execute(number, run, actions, surroundings, made, report)
+        report.live_bytes = ledger.peak_bytes if ledger is not None else 0
         self._holding.batch_norms.commit()
         if not run.saved:
             del self._runs[number]

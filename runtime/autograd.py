@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fxsplit.errors import PipelineError
+from fxsplit.errors import PipelineError, WorkerError
 from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.run import Run
 from fxsplit.stage import Mode
@@ -23,6 +23,7 @@ class _Backward:
         self.engine = engine
         self.run = run
         self.is_done = False
+        self.committed = engine.committed
         self._finalizer = weakref.finalize(self, engine.discard, run.number)
 
     def finish(self) -> None:
@@ -76,7 +77,17 @@ class _Pipeline(torch.autograd.Function):
         state.finish()
         flat = iter(gradients)
         by_chunk = [[next(flat) if is_tensor else None for is_tensor in row] for row in ctx.is_tensor]
-        found = state.engine.backward(state.run, by_chunk)
+        try:
+            found = state.engine.backward(state.run, by_chunk)
+        except WorkerError as error:
+            if state.committed == state.engine.committed or "modified by an inplace operation" not in str(error):
+                raise
+            raise PipelineError(
+                "the backward of an output was run after an optimizer's step, which has changed the weights",
+                found=f"{state.engine.committed - state.committed} steps since the output was made",
+                allowed="its backward before the next step, as in the unsplit model",
+                hint="call the pipeline again for gradients at the present weights",
+            ) from error
         count = state.run.chunks * ctx.leaves
         return None, None, *(found.get(divmod(i, ctx.leaves)) for i in range(count))
 

@@ -23,6 +23,7 @@ from fxsplit.runtime.live_memory import Ledger
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.memory import peak_memory_bytes
 from fxsplit.runtime.parameters import ParameterStore
+from fxsplit.runtime.precision import check_autocast
 from fxsplit.runtime.pulse import IDLE, Place, Pulse
 from fxsplit.runtime.randomness import Randomness
 from fxsplit.runtime.report import RunReport
@@ -177,6 +178,7 @@ class Worker:
             loss: if a whole step is run; as `shipping.dump` made it, if it comes from another process.
         """
         report = RunReport(self._endpoint.name)
+        check_autocast(surroundings, self._holding.devices.values())
         self._pace.begin()
         run = self._begin(number, mode, is_step=loss is not None)
         run.randomness = randomness

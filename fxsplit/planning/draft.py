@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from fxsplit.costs import CostTable
 from fxsplit.planning.devices import Placement
 from fxsplit.planning.parts import Edge, Part
-from fxsplit.planning.predict import Outcome, outcome_of, times_of
+from fxsplit.planning.predict import Outcome, times_of
 from fxsplit.planning.problem import Problem
-from fxsplit.planning.recompute import Needs, least_needs
-from fxsplit.planning.stages import Codecs, Stages
-from fxsplit.schedules import schedule
+from fxsplit.planning.recompute import Needs
+from fxsplit.planning.stages import Codecs
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,7 @@ class Draft:
             CompressorError: a learned compressor does not fit what crosses a cut.
         """
         costs, placements, positions = problem.costs, tuple(placements), tuple(positions)
-        whole = Stages(costs, placements, positions)
-        needs = least_needs(costs, placements, whole.stage_of(), problem.link)
-        stages = Stages(costs, placements, positions, needs, problem.profile)
+        stages = problem.stages(placements, positions)
         edges = stages.edges(codecs)
         parts = stages.parts(edges, chunks)
         training = problem.objective.is_training
@@ -80,7 +77,7 @@ class Draft:
             parts, edges, placements, problem.link, problem.profile, chunks, with_outputs=not training
         )
         workers = stages.workers if training else (*stages.workers, placements[0].worker)
-        outcome = outcome_of(times, workers, chunks, schedule(problem.schedule), problem.objective)
+        outcome = problem.outcome(times, workers, chunks)
         if outcome.live != (chunks,) * len(placements):
             parts = stages.parts(edges, chunks, outcome.live)
         return cls(
@@ -89,7 +86,7 @@ class Draft:
             positions,
             codecs,
             chunks,
-            needs,
+            stages.needs,
             edges,
             parts,
             outcome,

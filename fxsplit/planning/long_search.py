@@ -17,7 +17,8 @@ from fxsplit.planning.bounds import FloatArray
 from fxsplit.planning.chain import Chain, Path, best_path, chosen_codecs
 from fxsplit.planning.devices import Placement
 from fxsplit.planning.draft import Draft
-from fxsplit.planning.lattice import EDGES, FIXED, GRADIENTS, IntArray, columns_of, hop_seconds, prefix
+from fxsplit.planning.hops import EDGES, FIXED, GRADIENTS, IntArray, hop_seconds
+from fxsplit.planning.lattice import columns_of, prefix
 from fxsplit.planning.limits import limits_by_position, violations
 from fxsplit.planning.problem import Problem
 from fxsplit.planning.search import Choice

@@ -18,7 +18,8 @@ from fxsplit.planning.budget import Budget
 from fxsplit.planning.devices import CLIENT, Placement
 from fxsplit.planning.parts import NO_COMPRESSOR, Edge, Part, is_local
 from fxsplit.planning.profile import PACKET_S, Profile
-from fxsplit.schedules import Action, Hop, Schedule, StageTimes, Times, simulate
+from fxsplit.schedules import Action, Hop, Schedule, StageTimes, Times
+from fxsplit.schedules.simulation import replayed
 
 OBJECTIVES = ("step", "latency", "throughput", "price")
 """What a plan may be made for: seconds of a training step, of an inference batch, of a batch in a steady stream
@@ -159,8 +160,8 @@ def outcome_of(
         PlanError: the schedule is not for these stages and micro-batches.
     """
     if objective.is_training:
-        timeline = simulate(schedule.orders(workers, chunks, times), workers, times)
-        return Outcome(timeline.step_s, timeline.live)
+        clock = replayed(schedule.orders(workers, chunks, times), workers, times)
+        return Outcome(clock.step_s, tuple(clock.most_live))
     orders: dict[str, list[Action]] = {worker: [] for worker in workers}
     for stage, worker in enumerate(workers):
         orders[worker] += [Action(stage, m) for m in range(chunks)]
@@ -174,7 +175,7 @@ def outcome_of(
             busy[workers[source], workers[target]] += hop.wire_s
             busy[workers[target], "decode"] += hop.decode_s
         return Outcome(chunks * max(busy.values()), live)
-    return Outcome(simulate(orders, workers, times).step_s, live)
+    return Outcome(replayed(orders, workers, times).step_s, live)
 
 
 def link_bytes(edges: Iterable[Edge], workers: tuple[str, ...]) -> dict[tuple[str, str], int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 
@@ -14,8 +14,13 @@ from fxsplit.costs import CostTable
 from fxsplit.planning.bounds import FloatArray, Rules
 from fxsplit.planning.budget import Budget
 from fxsplit.planning.devices import Placement
-from fxsplit.planning.predict import Link, Objective
+from fxsplit.planning.predict import Link, Objective, Outcome, outcome_of
 from fxsplit.planning.profile import Profile
+from fxsplit.planning.recompute import least_needs
+from fxsplit.planning.stages import Stages
+from fxsplit.schedules import Times, schedule
+
+_KEPT_STAGES = 64
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,37 @@ class Problem:
     @cached_property
     def _seconds(self) -> dict[tuple[bool, str], FloatArray]:
         """[3, nodes + 1] by device, or by type of device if it was not measured."""
+        return {}
+
+    def stages(self, placements: tuple[Placement, ...], positions: tuple[int, ...]) -> Stages:
+        """The model cut there, with what each stage gets and computes again: the same for all codecs."""
+        key = placements, positions
+        if key not in self._stages:
+            if len(self._stages) >= _KEPT_STAGES:
+                self._stages.clear()
+            whole = Stages(self.costs, placements, positions)
+            needs = least_needs(self.costs, placements, whole.stage_of(), self.link)
+            self._stages[key] = replace(whole, needs=needs, profile=self.profile)
+        return self._stages[key]
+
+    @cached_property
+    def _stages(self) -> dict[tuple[tuple[Placement, ...], tuple[int, ...]], Stages]:
+        """The latest."""
+        return {}
+
+    def outcome(self, times: Times, workers: tuple[str, ...], chunks: int) -> Outcome:
+        """What the simulation says; codecs of the same speed and bytes are simulated once.
+
+        Raises:
+            PlanError: the schedule is not for these stages and micro-batches.
+        """
+        key = times.stages, tuple(times.forward.items()), tuple(times.backward.items()), workers, chunks
+        if key not in self._outcomes:
+            self._outcomes[key] = outcome_of(times, workers, chunks, schedule(self.schedule), self.objective)
+        return self._outcomes[key]
+
+    @cached_property
+    def _outcomes(self) -> dict[object, Outcome]:
         return {}
 
     @property

@@ -205,6 +205,7 @@ def analyze(
     bandwidth: options.BandwidthOption = None,
     latency: options.LatencyOption = None,
     allow: options.AllowOption = None,
+    optimizer: options.OptimizerOption = "adam",
     training: _Training = True,
     verify: _Verify = True,
     as_json: _Json = False,
@@ -225,7 +226,7 @@ def analyze(
             "price": options.read_prices(price),
             "guard": options.read_guard(allow),
         }
-        check_choices(schedule, placement, objective)
+        check_choices(schedule, placement, objective, optimizer)
         if plot is not None:
             from fxsplit import plots  # matplotlib takes a while to import, and only a picture needs it
 
@@ -243,6 +244,7 @@ def analyze(
                 schedule=schedule,
                 placement=placement,
                 objective=objective,
+                optimizer=optimizer,
                 **chosen,
             )
             if save is not None:
@@ -337,6 +339,7 @@ def summary(costs: CostTable, plan: Plan) -> dict[str, Any]:
         "chunks": plan.chunks,
         "predicted_step_s": plan.predicted_step_s,
         "is_optimal": plan.is_optimal,
+        "alternatives": [asdict(each) for each in plan.alternatives],
     }
 
 

@@ -51,6 +51,7 @@ def compile(
     placement: str = GIVEN,
     guard: Guard | None = None,
     profile: Profile | None = None,
+    optimizer: str = "adam",
     plan: Plan | str | None = None,
     schedule: str = "gpipe",
     transport: str = "rpc",
@@ -81,6 +82,7 @@ def compile(
             the client's may be left out, and the client may send the inputs as they are and compute nothing.
         guard: what `compressor="auto"` may choose from.
         profile: measured speeds of devices and codecs; what is not in it is estimated.
+        optimizer: whose state counts in the budget's memory: "sgd", "momentum" or "adam".
         plan: a saved plan, or the path of one, instead of `cuts`, `compressor`, `chunks` and `schedule`.
         schedule: the order of work of `pipe.step`: "gpipe"; "1f1b" and "interleaved", which keep no more
             micro-batches than stages; "zero-bubble"; or "auto", which is made for the times that were measured.
@@ -132,6 +134,7 @@ def compile(
     _check_shared_devices(placements, transport)
     options: dict[str, Any] = {"cuts": cuts, "chunks": chunks, "schedule": schedule, "budget": budget}
     options |= {**asked, "placement": placement, "guard": guard, "profile": profile}
+    options["optimizer"] = optimizer
     builder = _Builder(model, placements, plan, options, verify, deferred_batch_norm)
     built = None if example_inputs is None else builder(Arguments.of(example_inputs), None, False)
     count = built.plan.chunks if built is not None else int(chunks)

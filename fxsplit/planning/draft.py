@@ -12,6 +12,7 @@ from fxsplit.planning.predict import Outcome, times_of
 from fxsplit.planning.problem import Problem
 from fxsplit.planning.recompute import Needs
 from fxsplit.planning.stages import Codecs
+from fxsplit.schedules import Times
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Draft:
         needs: what each stage gets and computes again.
         edges: between the stages.
         parts: one a stage.
+        times: of a micro-batch.
         outcome: what is predicted.
         price_per_s: by which the seconds are weighed.
     """
@@ -39,6 +41,7 @@ class Draft:
     needs: tuple[Needs, ...]
     edges: tuple[Edge, ...]
     parts: tuple[Part, ...]
+    times: Times
     outcome: Outcome
     price_per_s: float
 
@@ -74,7 +77,7 @@ class Draft:
         parts = stages.parts(edges, chunks)
         training = problem.objective.is_training
         times = times_of(
-            parts, edges, placements, problem.link, problem.profile, chunks, with_outputs=not training
+            parts, edges, placements, problem.links, problem.profile, chunks, with_outputs=not training
         )
         workers = stages.workers if training else (*stages.workers, placements[0].worker)
         outcome = problem.outcome(times, workers, chunks)
@@ -89,6 +92,7 @@ class Draft:
             stages.needs,
             edges,
             parts,
+            times,
             outcome,
             problem.objective.price_per_s(placement.spelling for placement in placements),
         )

@@ -68,7 +68,7 @@ def hop_seconds(
     receiver: Placement,
 ) -> _Hop:
     """Encoder, link, decoder and latency for one micro-batch with one codec."""
-    profile, link = problem.profile, problem.link
+    profile, link = problem.profile, problem.links.between(sender.worker, receiver.worker)
     fixed = PACKET_S * sums[count]
     is_sent = sums[count] > 0
     encode, decode = fixed, np.zeros_like(fixed)

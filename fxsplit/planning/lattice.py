@@ -100,7 +100,7 @@ class Lattice:
         self._workers = [placement.worker for placement in option.placements]
         nodes = problem.costs.nodes
         self._macs = prefix([node.forward_macs for node in nodes])
-        self._static = prefix([node.parameter_bytes + node.trainable_bytes for node in nodes])
+        self._static = prefix([node.static_bytes(problem.kept_states) for node in nodes])
         self._saved = prefix([node.saved_bytes for node in nodes])
         prefixes = {p: problem.prefixes(p, option.chunks) for p in option.placements}
         self._forward = {p: both[0] for p, both in prefixes.items()}

@@ -138,7 +138,7 @@ class LongSearch:
         both = [tuple(s[places] for s in problem.prefixes(placement, chunks)) for placement in placements]
         macs = prefix([node.forward_macs for node in nodes])[places]
         live = 1 if problem.schedule == "gpipe" else chunks  # at least one micro-batch is kept
-        kept = [n.parameter_bytes + n.trainable_bytes + n.saved_bytes // live for n in nodes]
+        kept = [n.static_bytes(problem.kept_states) + n.saved_bytes // live for n in nodes]
         limits = [
             (problem.budget.macs_limit(p.spelling), problem.budget.memory_limit(p.spelling)) for p in placements
         ]
@@ -161,7 +161,7 @@ class LongSearch:
         for source, target in combinations(range(len(problem.placements)), 2):
             ends = problem.placements[source], problem.placements[target]
             there, back = problem.forward[target - 1], problem.backward[target - 1]
-            key = ends[0].worker == ends[1].worker or (ends[0].device_type, ends[1].device_type, there, back)
+            key = _kind(problem, *ends, there, back)
             if key not in kinds:
                 kinds[key] = len(kinds)
                 go = self._way(chunks, sums, EDGES, len(FIXED), problem.codecs_there, there, ends, stretched)
@@ -217,3 +217,11 @@ class LongSearch:
         )
         positions = [int(self._places[place]) for place in path.places]
         return Draft.of(problem, placements, positions, codecs, chunks)
+
+
+def _kind(problem: Problem, sender: Placement, receiver: Placement, *codecs: object) -> object:
+    """What the times of a hop depend on: many pairs of devices have the same."""
+    if sender.worker == receiver.worker:
+        return None
+    link = problem.links.kind(sender.worker, receiver.worker)
+    return sender.device_type, receiver.device_type, link, codecs

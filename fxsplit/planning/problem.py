@@ -14,7 +14,8 @@ from fxsplit.costs import CostTable
 from fxsplit.planning.bounds import FloatArray, Rules
 from fxsplit.planning.budget import Budget
 from fxsplit.planning.devices import Placement
-from fxsplit.planning.predict import Link, Objective, Outcome, outcome_of
+from fxsplit.planning.links import Links
+from fxsplit.planning.predict import Objective, Outcome, outcome_of
 from fxsplit.planning.profile import Profile
 from fxsplit.planning.recompute import least_needs
 from fxsplit.planning.stages import Stages
@@ -47,7 +48,7 @@ class Problem:
         placements: the device list.
         there: for each cut, the codecs that may be chosen for activations.
         back: the same for gradients.
-        link: what the links do.
+        links: what the links do.
         chunks: the numbers of micro-batches that may be chosen.
         budget: what has to be kept.
         schedule: name of the schedule.
@@ -55,13 +56,14 @@ class Problem:
         profile: what is known of speeds.
         leaves_out: whether devices may be left out, and the first stage be empty: the input is sent as it is.
         given: the cuts, if they are not to be chosen.
+        states: tensors that the optimizer keeps for each parameter.
     """
 
     costs: CostTable
     placements: tuple[Placement, ...]
     there: tuple[tuple[Compressor, ...], ...]
     back: tuple[tuple[Compressor, ...], ...]
-    link: Link
+    links: Links
     chunks: tuple[int, ...]
     budget: Budget
     schedule: str = "gpipe"
@@ -69,6 +71,7 @@ class Problem:
     profile: Profile = field(default_factory=Profile)
     leaves_out: bool = False
     given: tuple[int, ...] | None = None
+    states: int = 0
 
     @cached_property
     def positions(self) -> tuple[int, ...]:
@@ -112,6 +115,11 @@ class Problem:
         """[3, nodes + 1] by device, or by type of device if it was not measured."""
         return {}
 
+    @property
+    def kept_states(self) -> int | None:
+        """Of the optimizer; None for inference, which has no gradients either."""
+        return self.states if self.objective.is_training else None
+
     def stages(self, placements: tuple[Placement, ...], positions: tuple[int, ...]) -> Stages:
         """The model cut there, with what each stage gets and computes again: the same for all codecs."""
         key = placements, positions
@@ -119,8 +127,8 @@ class Problem:
             if len(self._stages) >= _KEPT_STAGES:
                 self._stages.clear()
             whole = Stages(self.costs, placements, positions)
-            needs = least_needs(self.costs, placements, whole.stage_of(), self.link)
-            self._stages[key] = replace(whole, needs=needs, profile=self.profile)
+            needs = least_needs(self.costs, placements, whole.stage_of(), self.links)
+            self._stages[key] = replace(whole, needs=needs, profile=self.profile, states=self.kept_states)
         return self._stages[key]
 
     @cached_property

@@ -9,6 +9,7 @@ from fxsplit.compressors.base import Compressor
 from fxsplit.compressors.lossless import Lossless
 from fxsplit.costs import NodeCost
 from fxsplit.planning.devices import Placement
+from fxsplit.planning.links import Link
 
 MACS_PER_S: Mapping[str, float] = {"cpu": 2.5e10, "cuda": 5e12, "mps": 1e12}
 """Estimated multiply-accumulate operations per second, by type of device."""
@@ -60,10 +61,12 @@ class Profile:
     Attributes:
         nodes: device as written -> node name -> its measured seconds.
         codecs: spelling of a compressor and type of device -> its measured speed.
+        links: (sending worker, receiving worker) -> its measured link.
     """
 
     nodes: Mapping[str, Mapping[str, NodeSeconds]] = field(default_factory=dict)
     codecs: Mapping[tuple[str, str], CodecSpeed] = field(default_factory=dict)
+    links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
 
     def node(self, node: NodeCost, placement: Placement) -> NodeSeconds:
         """Seconds of a node where it is placed; an estimate if they were not measured."""

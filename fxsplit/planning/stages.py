@@ -100,7 +100,7 @@ class _Sums:
     modules: tuple[str, ...]
     macs: int
     parameter_bytes: int
-    trainable_bytes: int
+    static_bytes: int
     saved_bytes: int
     seconds: NodeSeconds
 
@@ -117,6 +117,7 @@ class Stages:
     positions: tuple[int, ...]
     needs: tuple[Needs, ...] = ()
     profile: Profile = field(default_factory=Profile)
+    states: int | None = 0
 
     @cached_property
     def workers(self) -> tuple[str, ...]:
@@ -168,7 +169,8 @@ class Stages:
                 modules=own.modules,
                 macs=own.macs + inserted[stage],
                 parameter_bytes=own.parameter_bytes,
-                memory_bytes=own.parameter_bytes + own.trainable_bytes + -(-kept * share // chunks),
+                memory_bytes=own.static_bytes + -(-kept * share // chunks),
+                kept_bytes=kept,
                 forward_s=forward_s,
                 step_s=forward_s + own.seconds.backward_s + calls_s + 2 * learned_s,
             )
@@ -188,7 +190,7 @@ class Stages:
                 _whole_modules(nodes, homes),
                 sum(node.forward_macs for node in done),
                 sum(node.parameter_bytes for node in nodes),
-                sum(node.trainable_bytes for node in nodes),
+                sum(node.static_bytes(self.states) for node in nodes),
                 sum(node.saved_bytes for node in done),
                 NodeSeconds(
                     sum(each.forward_s for each in seconds),

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fxsplit.costs import CostTable
 from fxsplit.errors import BudgetError, PlanError
-from fxsplit.planning import Budget, Guard
+from fxsplit.planning import Budget, Guard, Profile
+from fxsplit.planning.calibration import CLIENT, WORKER, Calibration, cached
+from fxsplit.planning.link_file import load_links
+from fxsplit.planning.links import Link
 from fxsplit.planning.stages import AUTO
 
 _PANEL = "Plan"
@@ -86,6 +93,71 @@ AllowOption = Annotated[
 ChunksOption = Annotated[
     str, typer.Option(metavar="COUNT", help="Micro-batches of a batch, or auto.", rich_help_panel=_PANEL)
 ]
+
+
+ProfileOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--profile",
+        metavar="DEVICE=FILE",
+        show_default="what `fxsplit calibrate` has kept",
+        help="Measured seconds of a device, by `fxsplit calibrate --save`; none: estimates alone. Repeatable.",
+        rich_help_panel=_PANEL,
+    ),
+]
+LinksOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", show_default=False, help="Links that `fxsplit probe` has measured.", rich_help_panel=_PANEL
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured and may be planned with.
+
+    Attributes:
+        files: device as written -> what was measured there.
+        here: the devices of this host for which the cache is looked at.
+        links: (sending worker, receiving worker) -> their link.
+    """
+
+    files: dict[str, Calibration]
+    here: tuple[str, ...]
+    links: dict[tuple[str, str], Link]
+
+    @classmethod
+    def read(cls, profiles: list[str] | None, links: Path | None, devices: Sequence[str]) -> Measured:
+        """From the command line.
+
+        Raises:
+            PlanError: a file cannot be read or is damaged, or a device is not in the list.
+        """
+        files = {}
+        for entry in profiles or ():
+            device, equals, path = (word.strip() for word in entry.partition("="))
+            if device == "none" and not equals and len(profiles or ()) == 1:
+                return cls({}, (), {} if links is None else load_links(links))
+            if not equals or device not in devices or device in files:
+                allowed = f"none, or DEVICE=FILE once for each of {', '.join(dict.fromkeys(devices))}"
+                raise PlanError("not a profile", where="--profile", found=repr(entry), allowed=allowed)
+            files[device] = Calibration.load(path)
+        here = tuple(dict.fromkeys(device for device in devices if "/" not in device))
+        return cls(files, here, {} if links is None else load_links(links))
+
+    def of(self, costs: CostTable) -> Profile:
+        """For a model.
+
+        Raises:
+            PlanError: a calibration is of another model.
+        """
+        kept = {
+            device: cached(costs.fingerprint, device, WORKER if index else CLIENT)
+            for index, device in enumerate(self.here)
+        }
+        found = {device: each for device, each in kept.items() if each is not None}
+        return Profile.of(costs, {**found, **self.files}, self.links)
 
 
 def read_budget(

@@ -74,7 +74,7 @@ def hop_seconds(
     encode, decode = fixed, np.zeros_like(fixed)
     rest = split_learned(codec)[1]
     if not isinstance(codec, Lossless):
-        there, here = profile.codec(rest, sender.device_type), profile.codec(rest, receiver.device_type)
+        there, here = profile.codec(rest, sender), profile.codec(rest, receiver)
         raw = sums[CODED_RAW] / chunks
         encode = encode + there.call_s * sums[CODED] + there.encode_s_per_byte * raw
         decode = here.call_s * sums[CODED] + here.decode_s_per_byte * raw

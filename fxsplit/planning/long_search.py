@@ -224,4 +224,5 @@ def _kind(problem: Problem, sender: Placement, receiver: Placement, *codecs: obj
     if sender.worker == receiver.worker:
         return None
     link = problem.links.kind(sender.worker, receiver.worker)
-    return sender.device_type, receiver.device_type, link, codecs
+    ends = [p.spelling if problem.profile.codecs else p.device_type for p in (sender, receiver)]
+    return *ends, link, codecs

@@ -120,7 +120,7 @@ def _hop(
     encode_s, decode_s = PACKET_S, 0.0
     if codec != NO_COMPRESSOR:
         rest = split_learned(compressor(codec))[1]
-        there, here = profile.codec(rest, sender.device_type), profile.codec(rest, receiver.device_type)
+        there, here = profile.codec(rest, sender), profile.codec(rest, receiver)
         encode_s += there.call_s + there.encode_s_per_byte * raw_bytes / chunks
         decode_s += here.call_s + here.decode_s_per_byte * raw_bytes / chunks
     return Hop(encode_s, wire_bytes / chunks / link.bytes_per_s, link.latency_s, decode_s)

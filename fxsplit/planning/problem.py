@@ -105,14 +105,15 @@ class Problem:
         key = is_measured, placement.spelling if is_measured else placement.device_type
         if key not in self._seconds:
             rows = [self.profile.node(node, placement) for node in self.costs.nodes]
-            table = np.array([(row.forward_s, row.backward_s, row.call_s) for row in rows]).reshape(-1, 3)
-            self._seconds[key] = np.concatenate([np.zeros((1, 3)), table.cumsum(0)]).T
-        forward, backward, call = self._seconds[key]
-        return forward / chunks + call, backward / chunks + call
+            columns = [(row.forward_s, row.backward_s, row.call_s, row.backward_call_s) for row in rows]
+            table = np.array(columns).reshape(-1, 4)
+            self._seconds[key] = np.concatenate([np.zeros((1, 4)), table.cumsum(0)]).T
+        forward, backward, call, backward_call = self._seconds[key]
+        return forward / chunks + call, backward / chunks + backward_call
 
     @cached_property
     def _seconds(self) -> dict[tuple[bool, str], FloatArray]:
-        """[3, nodes + 1] by device, or by type of device if it was not measured."""
+        """[4, nodes + 1] by device, or by type of device if it was not measured."""
         return {}
 
     @property

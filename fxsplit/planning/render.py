@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 _WIDTH = 120
-_WORDS = ("device", "modules")  # columns of words stand left, the rest are numbers
+_WORDS = ("device", "modules", "plan", "because")  # columns of words stand left, the rest are numbers
 
 
 @dataclass(frozen=True)

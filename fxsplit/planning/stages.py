@@ -172,7 +172,7 @@ class Stages:
                 memory_bytes=own.static_bytes + -(-kept * share // chunks),
                 kept_bytes=kept,
                 forward_s=forward_s,
-                step_s=forward_s + own.seconds.backward_s + calls_s + 2 * learned_s,
+                step_s=forward_s + own.seconds.backward_s + chunks * own.seconds.backward_call_s + 2 * learned_s,
             )
             parts.append(part)
         return tuple(parts)
@@ -196,6 +196,7 @@ class Stages:
                     sum(each.forward_s for each in seconds),
                     sum(each.backward_s for each in seconds),
                     sum(each.call_s for each in seconds),
+                    sum(each.backward_call_s for each in seconds),
                 ),
             )
             sums.append(own)

@@ -28,7 +28,9 @@ from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.runtime.built import Built
 from fxsplit.runtime.checkpointing import parse_policies
 from fxsplit.runtime.deferred_batch_norm import check_batch_norms
+from fxsplit.runtime.device_maps import sole_gpus
 from fxsplit.runtime.pipeline import Pipeline
+from fxsplit.runtime.rpc import Rpc
 from fxsplit.runtime.transports import listening
 from fxsplit.runtime.transports import transport as find_transport
 from fxsplit.schedules import Times
@@ -58,6 +60,7 @@ def compile(
     verify: bool = True,
     deferred_batch_norm: bool = False,
     checkpoint: str | Sequence[str] = "never",
+    cuda_graphs: bool = False,
     listen: str | None = None,
     token: str | None = None,
 ) -> Pipeline:
@@ -96,6 +99,9 @@ def compile(
             SyncBatchNorm is refused.
         checkpoint: "always" keeps the inputs of a stage and computes the rest again in its backward; "except_last"
             spares the last micro-batch; "never". One for all stages, or a list of one for each.
+        cuda_graphs: stages on GPUs are replayed as CUDA graphs, one launch for a forward or backward of a
+            micro-batch, with the same numbers. Each micro-batch that is kept at a time has memory of its own. A
+            stage that cannot be recorded is run as it is, and a warning says why.
         listen: "HOST:PORT" at which the named workers join from other machines, by `fxsplit worker --join`; see
             docs/security.md. "torchrun": rank 0 is the client, and on every other rank this call is
             `fxsplit.serve()`. Not given: all workers are processes of this host.
@@ -131,6 +137,8 @@ def compile(
     if deferred_batch_norm:
         check_batch_norms(model)
     chosen = find_transport(transport) if listen is None else listening(listen, token, placements, transport)
+    if isinstance(chosen, Rpc):
+        chosen.gpus = sole_gpus(placements)
     _check_shared_devices(placements, transport)
     options: dict[str, Any] = {"cuts": cuts, "chunks": chunks, "schedule": schedule, "budget": budget}
     options |= {**asked, "placement": placement, "guard": guard, "profile": profile}
@@ -141,7 +149,8 @@ def compile(
     if built is not None and len(built.plan.devices) != len(placements):
         placements = parse_devices(built.plan.devices)
         policies = parse_policies(checkpoint, len(placements))
-    return Pipeline(model, placements, count, chosen, builder, built, deferred_batch_norm, has_learned, policies)
+    asked_of_stages = deferred_batch_norm, has_learned, policies, cuda_graphs
+    return Pipeline(model, placements, count, chosen, builder, built, *asked_of_stages)
 
 
 @dataclass

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fxsplit.errors import PipelineError
-from fxsplit.runtime.engine import Engine, Run
+from fxsplit.runtime.engine import Engine
+from fxsplit.runtime.run import Run
 from fxsplit.stage import Mode
 
 

@@ -10,9 +10,11 @@ from concurrent.futures import wait as wait_all
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fxsplit.runtime.packet import Key, Packet
 from fxsplit.runtime.report import RunReport, Span
+from fxsplit.runtime.streams import Marks, Streams, devices_of, mark, wait_for
 from fxsplit.runtime.transport import Endpoint, wait
 from fxsplit.schedules import Action
 
@@ -35,6 +37,9 @@ class Courier:
     it was announced with `expect`: a worker announces what its next actions need, and no more, since what is
     decoded takes more memory than what is encoded.
 
+    On a GPU both work on streams of their own. What needs no more there than a copy to be queued is done by the
+    thread that hands it over: another one would only be woken for it.
+
     Args:
         endpoint: this worker's end of the transport.
         threads: threads of one operation, as in the thread that computes: they can change the last bits.
@@ -46,6 +51,7 @@ class Courier:
         self._receiver = ThreadPoolExecutor(1, "fxsplit decode", torch.set_num_threads, (threads,))
         self._sending: list[tuple[Action, Future[None]]] = []
         self._expected: dict[Key, Future[Any]] = {}
+        self._encoding, self._decoding = Streams(), Streams()
         self._lock = threading.Lock()
         self._links: list[Span] = []
         self._links_free_s: dict[str, float] = {}
@@ -53,7 +59,14 @@ class Courier:
     # ------------------------------------------------------------------ out
 
     def send(
-        self, action: Action, to: str, key: Key, make: Callable[[], Packet], report: RunReport
+        self,
+        action: Action,
+        to: str,
+        key: Key,
+        value: Any,
+        make: Callable[[Any], Packet],
+        report: RunReport,
+        is_plain: bool = False,
     ) -> Future[None]:
         """Encodes and sends a packet in the background.
 
@@ -61,24 +74,30 @@ class Courier:
             action: what made its content.
             to: the receiving worker, another than this one.
             key: its name.
+            value: its content, for the current stream.
             make: encodes it.
             report: what is measured goes here.
+            is_plain: whether encoding is nothing.
 
         Returns:
             done when it is encoded and handed to the transport.
         """
 
+        marks = mark(value)
+
         def work() -> None:
-            start = time.perf_counter()
-            with torch.no_grad():
-                packet = make()
-            end = time.perf_counter()
-            report.encoded(key, packet, start, end)
-            report.add_packet(to, key, packet)
-            sent = self._endpoint.send(to, key, packet)
+            with self._encoding.current(devices_of(value)), torch.no_grad():
+                wait_for(marks, value)
+                start = time.perf_counter()
+                packet = make(value)
+                end = time.perf_counter()
+                report.encoded(key, packet, start, end)
+                report.add_packet(to, key, packet)
+                sent = self._endpoint.send(to, key, packet)
             sent.add_done_callback(lambda _: self._note(to, key, packet.wire_bytes, end))
 
-        job = self._sender.submit(work)
+        is_quick = is_plain and marks and self._endpoint.is_immediate
+        job = _done(work) if is_quick else self._sender.submit(work)
         self._sending.append((action, job))
         return job
 
@@ -97,40 +116,64 @@ class Courier:
         self._sending = waiting
 
     def finish(self) -> None:
-        """Returns when all packets have been handed to the transport; raises as `check`."""
+        """Returns when all packets have been handed to the transport; raises as `check`.
+
+        On a GPU, what is queued from now on comes after their encoding.
+        """
         wait_all([job for _, job in self._sending])
+        self._encoding.join()
         self.check()
 
     # ------------------------------------------------------------------ in
 
-    def expect(self, key: Key, decode: Decode, report: RunReport) -> None:
-        """Announces a packet: it is decoded as soon as it is there."""
+    def expect(
+        self, key: Key, decode: Decode, report: RunReport, device: torch.device, is_plain: bool = False
+    ) -> None:
+        """Announces a packet: it is decoded as soon as it is there.
+
+        Args:
+            key: its name.
+            decode: what is done with it.
+            report: what is measured goes here.
+            device: where it is decoded.
+            is_plain: whether decoding is nothing but to bring it there.
+        """
         if key in self._expected:
             return
         value: Future[Any] = Future()
         self._expected[key] = value
 
         def arrived(slot: Future[Packet]) -> None:
-            if slot.exception() is None and not _submit(self._receiver, open_it, slot.result()):
-                value.cancel()
-            elif slot.exception() is not None:
+            if slot.exception() is not None:
                 value.set_exception(slot.exception())
+                return
+            packet = slot.result()
+            is_quick = is_plain and device.type == "cuda" and packet.marks and all(map(_is_cuda, packet.payload))
+            if is_quick:
+                open_it(packet)
+            elif not _submit(self._receiver, open_it, packet):
+                value.cancel()
 
         def open_it(packet: Packet) -> None:
             start = time.perf_counter()
             try:
-                with torch.no_grad():
-                    value.set_result(decode(packet))
+                with self._decoding.current([device]), torch.no_grad():
+                    decoded = decode(packet)
+                    marks: Marks = mark(decoded)
             except BaseException as error:
                 value.set_exception(error)
-            report.decoded(key, packet, start, time.perf_counter())
+            else:
+                with self._lock:
+                    report.decoded(key, packet, start, time.perf_counter())
+                value.set_result((decoded, marks))
 
         self._endpoint.mailbox.receive(key).add_done_callback(arrived)
 
     def take(self, key: Key, check: Callable[[], None]) -> Any:
-        """What `decode` made of an announced packet; waits for it."""
+        """What `decode` made of an announced packet, for the current stream; the host waits until it is queued."""
         value = self._expected[key]
-        result = wait(value, check)
+        result, marks = wait(value, check)
+        wait_for(marks, result)
         del self._expected[key]
         self._endpoint.mailbox.forget(key)
         return result
@@ -159,6 +202,21 @@ class Courier:
             start = max(handed_over_s, self._links_free_s.get(to, 0.0))
             end = self._links_free_s[to] = time.perf_counter()
             self._links.append(Span.of_packet("send", key, start, end, wire_bytes, to))
+
+
+def _is_cuda(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _done(work: Callable[[], None]) -> Future[None]:
+    """The future of work that is done here and now."""
+    job: Future[None] = Future()
+    try:
+        work()
+        job.set_result(None)
+    except BaseException as error:
+        job.set_exception(error)
+    return job
 
 
 def _submit(pool: ThreadPoolExecutor, work: Callable[[Packet], None], packet: Packet) -> bool:

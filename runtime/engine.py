@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_all
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.packet import Key, Packet, pack, unpack
 from fxsplit.runtime.randomness import Randomness, set_states, state_key
 from fxsplit.runtime.report import LinkTraffic, RunReport
+from fxsplit.runtime.run import Run
 from fxsplit.runtime.scheduler import Scheduler
 from fxsplit.runtime.settings import TorchSettings
+from fxsplit.runtime.streams import brought
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, Transport, wait, wait_done
 from fxsplit.runtime.worker import Worker
 from fxsplit.schedules import Action, GPipe, Orders
@@ -35,39 +38,23 @@ _ABORT_WAIT_S = 5.0
 _LOSS_WAIT_S = 1.0
 
 
-@dataclass
-class Run:
-    """One forward of the pipeline, and what its backward needs.
-
-    Attributes:
-        number: its name in the keys of its packets.
-        mode: what runs.
-        edges: the edges that bring the outputs.
-        needs_gradient: (micro-batch, index of the edge) -> whether that output leads a gradient back.
-        inputs: the edges that took inputs away for which the caller wants a gradient, by micro-batch and leaf.
-        outputs_at: the worker that the model's outputs go to: the client's, or the one that makes the loss.
-    """
-
-    number: int
-    mode: Mode
-    chunks: int
-    edges: tuple[Edge, ...] = ()
-    needs_gradient: set[tuple[int, int]] = field(default_factory=set)
-    inputs: list[tuple[int, int, Edge]] = field(default_factory=list)
-    outputs_at: str = CLIENT_NAME
-
-
 class Engine:
     """Runs split models over a transport. Not safe to call from several threads at once."""
 
     def __init__(
-        self, transport: Transport, deferred_batch_norm: bool = False, checkpoint: Sequence[str] = ()
+        self,
+        transport: Transport,
+        deferred_batch_norm: bool = False,
+        checkpoint: Sequence[str] = (),
+        cuda_graphs: bool = False,
     ) -> None:
         self.metrics = Metrics()
         self.remote: tuple[str, ...] = ()
         self._transport = transport
         self._deferred_batch_norm = deferred_batch_norm
         self._checkpoint = tuple(checkpoint)
+        self._cuda_graphs = cuda_graphs
+        self._noted: set[str] = set()
         self._endpoint: Endpoint | None = None
         self._worker: Worker | None = None
         self._numbers = itertools.count(1)
@@ -111,7 +98,7 @@ class Engine:
             held = {i: split.stages[i] for i, name in enumerate(plan.workers) if name == worker}
             devices = {part.stage: part.device.rpartition("/")[2] for part in plan.parts if part.stage in held}
             arguments = (*shipping.dump(held), devices, plan.workers, canonical, guarded, TorchSettings.current())
-            options = self._deferred_batch_norm, self._checkpoint
+            options = self._deferred_batch_norm, self._checkpoint, self._cuda_graphs
             futures[worker] = self._call(worker, "load", *arguments, *options)
         self._gather(futures)
 
@@ -231,20 +218,27 @@ class Engine:
             found: dict[tuple[int, int], Tensor] = {}
             for m, index, edge in run.inputs:
                 packet = self._take(Key(run.number, edge.value, edge.source, edge.target, m, True), phase.check)
-                gradient = unpack(packet, edge, True, torch.device("cpu")) if packet.spec else None
+                gradient = unpack(packet, edge, True, self._device()) if packet.spec else None
                 if gradient is not None:
                     known = found.get((m, index))
                     found[m, index] = gradient if known is None else known + gradient
         self.metrics.total_s += time.perf_counter() - start
         return found
 
-    def step(self, chunks: Sequence[Sequence[Tensor]], mode: Mode, loss: Loss) -> tuple[Tensor, list[list[Any]]]:
+    def step(
+        self,
+        chunks: Sequence[Sequence[Tensor]],
+        mode: Mode,
+        loss: Loss,
+        targets: Mapping[Edge, Sequence[Tensor]],
+    ) -> tuple[Tensor, list[list[Any]]]:
         """Runs a whole training step in the order of the plan's schedule.
 
         Args:
             chunks: the tensor inputs of the model, by micro-batch.
             mode: what runs.
             loss: what is made of the outputs.
+            targets: what it compares with, by edge and micro-batch.
 
         Returns:
             the loss of the batch, and the values of the output edges by micro-batch.
@@ -260,13 +254,16 @@ class Engine:
             for index, edge in boundary.inputs:
                 for m, leaves in enumerate(chunks):
                     self._feed(run, edge, m, leaves[index].detach(), backward=False)
+            for edge, column in targets.items():
+                for m, target in enumerate(column):
+                    self._feed(run, edge, m, target, backward=False)
             phase.run_locally()
             if loss.returns_outputs:
                 outputs = self._collect_all(run, phase, randomness)
         self.scheduler.observe(span for report in phase.reports for span in report.spans)
         self.metrics.calls += 1
         self.metrics.total_s += time.perf_counter() - start
-        losses = [value.to(self._device()) for report in phase.reports for value in report.losses]
+        losses = [loss for report in phase.reports for loss in self._brought(report)]
         return sum(losses[1:], losses[0]), outputs  # in the order of the micro-batches, as a loop would
 
     def discard(self, number: int, undo: bool = False) -> None:
@@ -343,6 +340,10 @@ class Engine:
         mailbox.forget(key)
         return packet
 
+    def _brought(self, report: RunReport) -> tuple[Tensor, ...]:
+        """The losses of a report, on the client's device."""
+        return brought(report.losses, report.marks, self._device())
+
     def _device(self) -> torch.device:
         return torch.device(self._plan.devices[0].rpartition("/")[2])
 
@@ -389,6 +390,10 @@ class _Phase:
 
     def _add(self, report: RunReport) -> None:
         self.reports.append(report)
+        for note in report.notes:
+            if note not in self._engine._noted:
+                self._engine._noted.add(note)
+                warnings.warn(note, stacklevel=2)
         self._engine.metrics.add(report)
 
     def check(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,46 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsplit.compressors import Lossless
 from fxsplit.compressors.base import Memory
 from fxsplit.errors import PipelineError
 from fxsplit.runtime.checkpointing import is_checkpointed, run_checkpointed
 from fxsplit.runtime.courier import Courier, SendError
 from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
+from fxsplit.runtime.graphs import Lease, StageGraphs
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.packet import GradientTap, Key, Packet, pack, unpack
-from fxsplit.runtime.randomness import Randomness, seeded, set_states, state_key, states
+from fxsplit.runtime.randomness import seeded, set_states, state_key, states
 from fxsplit.runtime.report import RunReport
+from fxsplit.runtime.run_state import RunState, Saved
 from fxsplit.runtime.split_backward import SplitBackward
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.schedules import Action, Work
-from fxsplit.stage import CLIENT, Edge, Mode, StageModule
+from fxsplit.stage import CLIENT, Edge, StageModule
 from fxsplit.trace.replay import Surroundings
 
 _AHEAD = 2  # actions whose packets are decoded beforehand
-
-
-@dataclass
-class _Saved:
-    """What a stage's backward of one micro-batch needs."""
-
-    taps: dict[Edge, GradientTap]
-    values: dict[str, Tensor]
-    weights: SplitBackward | None = None
-
-
-@dataclass
-class RunState:
-    """One forward of the pipeline that may still be followed by its backward.
-
-    Attributes:
-        mode: which graphs run.
-        randomness: how stages draw.
-        saved: by stage and micro-batch.
-    """
-
-    mode: Mode
-    randomness: Randomness | None = None
-    saved: dict[tuple[int, int], _Saved] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,6 +42,7 @@ class Holding:
         workers: the worker of every stage.
         batch_norms: the layers whose statistics are deferred.
         checkpoint: the policy of every stage; empty: "never".
+        graphs: recordings of the stages, if there are to be any.
     """
 
     stages: Mapping[int, StageModule] = field(default_factory=dict)
@@ -70,6 +50,7 @@ class Holding:
     workers: tuple[str, ...] = ()
     batch_norms: DeferredBatchNorm = field(default_factory=lambda: DeferredBatchNorm(()))
     checkpoint: tuple[str, ...] = ()
+    graphs: StageGraphs | None = None
 
 
 class Executor:
@@ -120,6 +101,7 @@ class Executor:
         self._number, self._run, self._surroundings, self._report = number, run, surroundings, report
         self._loss = loss
         self._last = max((action.micro_batch for action in actions), default=0)
+        self._split = {(action.stage, action.micro_batch) for action in actions if action.work is Work.INPUT}
         # Where the model's outputs go: to the caller, or to the worker that makes the loss.
         self._ends = (*self._holding.workers, CLIENT_NAME if loss is None else loss.worker)
         try:
@@ -146,9 +128,13 @@ class Executor:
             return
         if action.work is Work.WEIGHT:
             saved = self._run.saved.pop((action.stage, action.micro_batch))
-            assert saved.weights is not None
             with self._report.timing(action.work, action):
-                saved.weights.finish()
+                if saved.lease is not None:
+                    saved.lease.slot.finish()
+                    saved.lease.release()
+                else:
+                    assert saved.weights is not None
+                    saved.weights.finish()
             return
         if self._loss is not None and self._loss.is_due(action):
             self._make_loss(action)
@@ -175,7 +161,9 @@ class Executor:
         def decode(packet: Packet) -> tuple[Any, bool]:
             return unpack(packet, edge, backward, device, memory), packet.requires_grad
 
-        self._courier.expect(self._key(edge, action, backward), decode, self._report)
+        codec = edge.gradient_compressor if backward else edge.compressor
+        key, is_plain = self._key(edge, action, backward), isinstance(codec, Lossless)
+        self._courier.expect(key, decode, self._report, device, is_plain)
 
     def _take(self, edge: Edge, action: Action, backward: bool) -> tuple[Any, bool]:
         """A value and whether its maker waits for a gradient."""
@@ -194,7 +182,9 @@ class Executor:
             with torch.no_grad():
                 self._endpoint.mailbox.deliver(key, pack(value, edge, key, memory))
         else:
-            self._courier.send(action, to, key, partial(pack, value, edge, key, memory), self._report)
+            codec = edge.gradient_compressor if backward else edge.compressor
+            make = partial(pack, edge=edge, key=key, memory=memory)
+            self._courier.send(action, to, key, value, make, self._report, isinstance(codec, Lossless))
 
     def _check(self) -> None:
         self._courier.check()
@@ -221,19 +211,17 @@ class Executor:
         module = self._holding.stages[action.stage]
         if module.training != mode.training:
             module.train(mode.training)
+            if self._holding.graphs is not None:
+                self._holding.graphs.mode_changed(action.stage)
         ports = module.ports(mode)
-        taps: dict[Edge, GradientTap] = {}
-        inputs: list[Any] = []
+        saved = Saved({}, {})
+        inputs = []
         for edge in ports.inputs:
             value, requires_grad = self._take(edge, action, backward=False)
-            if requires_grad and grad:
-                taps[edge] = GradientTap(value)
-                value = taps[edge].tensor
-            inputs.append(value)
+            inputs.append((value, requires_grad and grad))
             del value  # the stage may free what it does not keep
-        with self._drawing(action), self._report.timing(action.work, action), self._surroundings.active():
-            values = dict(zip(ports.outputs, self._compute(action, inputs), strict=True))
-        del inputs
+        with self._drawing(action), self._report.timing(action.work, action):
+            values = dict(zip(ports.outputs, self._replay_or_run(action, inputs, saved), strict=True))
         # What stays here may be changed in place by its user: what leaves is encoded first.
         for edge in sorted(ports.edges, key=lambda e: self._worker_of(e.target) == self._endpoint.name):
             if self._worker_of(edge.target) == self._endpoint.name and any(
@@ -243,8 +231,32 @@ class Executor:
                 self._courier.finish()
             self._give(edge, action, values[edge.value], backward=False)
         if grad:
-            kept = {n: v for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad}
-            self._run.saved[action.stage, action.micro_batch] = _Saved(taps, kept)
+            saved.values = {n: v for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad}
+            self._run.saved[action.stage, action.micro_batch] = saved
+        elif saved.lease is not None:
+            saved.lease.release()
+
+    def _replay_or_run(self, action: Action, inputs: list[tuple[Any, bool]], saved: Saved) -> tuple[Any, ...]:
+        """The values that leave a stage; what its backward needs goes to `saved`. The inputs are used up."""
+        edges = self._ports(action).inputs
+        if (graphs := self._holding.graphs) is not None:
+            is_split = (action.stage, action.micro_batch) in self._split
+            found = graphs.find(action.stage, self._run.mode, inputs, self._surroundings, is_split)
+            if isinstance(found, Lease):
+                saved.lease = found
+                saved.waiting = tuple(e if needs else None for e, (_, needs) in zip(edges, inputs, strict=True))
+                return found.slot.forward([value for value, _ in inputs])
+            saved.inspection = found
+        ready: list[Any] = []
+        for edge in edges:
+            value, needs_gradient = inputs.pop(0)
+            if needs_gradient:
+                saved.taps[edge] = GradientTap(value)
+                value = saved.taps[edge].tensor
+            ready.append(value)
+            del value
+        with saved.inspection.forward() if saved.inspection else nullcontext(), self._surroundings.active():
+            return self._compute(action, ready)
 
     def _compute(self, action: Action, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """The values that leave a stage."""
@@ -281,7 +293,7 @@ class Executor:
             if to == self._endpoint.name:
                 self._endpoint.mailbox.deliver(key, packet)
             else:
-                self._courier.send(action, to, key, lambda: packet, self._report)
+                self._courier.send(action, to, key, None, lambda _: packet, self._report)
 
     def _backward(self, action: Action) -> None:
         if (action.stage, action.micro_batch) not in self._run.saved:
@@ -300,7 +312,12 @@ class Executor:
             if gradient is not None:
                 known = gradients.get(edge.value)
                 gradients[edge.value] = gradient if known is None else known + gradient
-        with self._report.timing(action.work, action):
+        if saved.lease is not None:
+            self._replay_backward(action, saved, saved.lease, gradients)
+            return
+        given = tuple(i for i, name in enumerate(self._ports(action).outputs) if name in gradients)
+        looking = saved.inspection.backward(given) if saved.inspection else nullcontext()
+        with self._report.timing(action.work, action), looking:
             outputs = [saved.values[name] for name in gradients]
             if action.work is Work.INPUT:
                 # What is computed again would be so for each part.
@@ -315,6 +332,21 @@ class Executor:
             self._give(edge, action, tap.gradient, backward=True)
         saved.taps = {}
 
+    def _replay_backward(
+        self, action: Action, saved: Saved, lease: Lease, gradients: Mapping[str, Tensor]
+    ) -> None:
+        """A recorded backward, or the first part of it."""
+        index = {name: i for i, name in enumerate(self._ports(action).outputs)}
+        with self._report.timing(action.work, action):
+            found = lease.slot.backward({index[name]: gradient for name, gradient in gradients.items()})
+        if action.work is Work.BACKWARD:
+            del self._run.saved[action.stage, action.micro_batch]
+            lease.release()
+        saved.values = {}
+        for edge, gradient in zip(saved.waiting, found, strict=True):
+            if edge is not None:
+                self._give(edge, action, gradient, backward=True)
+
     def _make_loss(self, action: Action) -> None:
         """The loss of a micro-batch, and the gradients of the outputs, for the stages that made them."""
         loss, m = self._loss, action.micro_batch
@@ -328,8 +360,11 @@ class Executor:
                 waiting.add(edge)
             if loss.returns_outputs:
                 self._return_output(edge, end, values[edge])
+        target = None
+        if loss.target is not None:
+            target = loss.target.build({e: self._take(e, end, backward=False)[0] for e in loss.target.edges})
         with self._report.timing("loss", action), self._surroundings.active():
-            weighted, gradients = loss.gradients(m, values, waiting)
+            weighted, gradients = loss.gradients(m, values, waiting, target)
         self._report.losses.append(weighted)
         for edge in loss.edges:
             if edge in waiting:
@@ -341,4 +376,5 @@ class Executor:
         if self._endpoint.name == CLIENT_NAME:
             self._endpoint.mailbox.deliver(key, pack(value, edge, key))
         else:
-            self._courier.send(end, CLIENT_NAME, key, partial(pack, value, edge, key), self._report)
+            make = partial(pack, edge=edge, key=key)
+            self._courier.send(end, CLIENT_NAME, key, value, make, self._report, True)

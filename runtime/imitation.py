@@ -45,6 +45,11 @@ class Imitation:
             "imitation_end": self.end,
         }
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether a module of a stage has a hook."""
+        return bool(self._lessons)
+
     def hold(self, stages: Mapping[int, StageModule]) -> None:
         """Takes the stages."""
         self._stages = stages

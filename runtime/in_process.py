@@ -19,6 +19,8 @@ from fxsplit.runtime.worker import Worker
 
 
 class _InProcessEndpoint:
+    is_immediate = True
+
     def __init__(self, name: str, peers: dict[str, _InProcessEndpoint], handler: CommandHandler | None) -> None:
         self.name = name
         self.mailbox = Mailbox()

@@ -10,11 +10,35 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fxsplit.compressors import Lossless
 from fxsplit.errors import InputError
 from fxsplit.runtime.packet import GradientTap
 from fxsplit.schedules import Action
-from fxsplit.stage import Edge
+from fxsplit.stage import CLIENT, Edge
 from fxsplit.trace.traced import OutputLayout
+
+
+@dataclass(frozen=True)
+class TargetLayout:
+    """How the target of a micro-batch is put together where the loss is made.
+
+    Attributes:
+        leaves: the edge that brings each tensor; what is no tensor, itself.
+        structure: of the leaves.
+    """
+
+    leaves: tuple[Any, ...]
+    structure: pytree.TreeSpec
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """The edges that bring the tensors."""
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, Edge))
+
+    def build(self, values: Mapping[Edge, Any]) -> Any:
+        """The target, from what the edges brought."""
+        leaves = [values[leaf] if isinstance(leaf, Edge) else leaf for leaf in self.leaves]
+        return pytree.tree_unflatten(leaves, self.structure)
 
 
 @dataclass(frozen=True)
@@ -23,7 +47,7 @@ class Loss:
 
     Attributes:
         function: of the model's output and the target, or of the output alone if there are no targets.
-        targets: one entry a micro-batch.
+        target: how that of a micro-batch is put together; None if there is none.
         weights: by which the micro-batches' losses are summed.
         leaves: the leaves of the model's output: the edge that brings it, or the value itself.
         layout: how they are put together.
@@ -34,7 +58,7 @@ class Loss:
     """
 
     function: Callable[..., Any]
-    targets: tuple[Any, ...] | None
+    target: TargetLayout | None
     weights: tuple[float, ...]
     leaves: tuple[Any, ...]
     layout: OutputLayout
@@ -49,15 +73,15 @@ class Loss:
         return tuple(dict.fromkeys(leaf for leaf in self.leaves if isinstance(leaf, Edge)))
 
     def as_seen_by(self, worker: str) -> Loss:
-        """What is sent to a worker: function and targets go to the one that makes the loss, and to no other."""
-        return self if worker == self.worker else replace(self, function=_elsewhere, targets=None)
+        """What is sent to a worker: the function goes to the one that makes the loss, and to no other."""
+        return self if worker == self.worker else replace(self, function=_elsewhere, target=None)
 
     def is_due(self, action: Action) -> bool:
         """Whether it is made before this action."""
         return action.stage == self.last_stage and action.sends_gradients
 
     def gradients(
-        self, micro_batch: int, values: Mapping[Edge, Any], waiting: Collection[Edge]
+        self, micro_batch: int, values: Mapping[Edge, Any], waiting: Collection[Edge], target: Any
     ) -> tuple[Tensor, dict[Edge, Tensor | None]]:
         """The loss of a micro-batch with its weight, and the gradients of the outputs.
 
@@ -65,6 +89,7 @@ class Loss:
             micro_batch: which one.
             values: of the output edges.
             waiting: the edges whose makers wait for a gradient.
+            target: of the micro-batch.
 
         Raises:
             InputError: the loss is not a scalar, or does not depend on what was computed.
@@ -75,12 +100,8 @@ class Loss:
             (taps[leaf].tensor if leaf in taps else values[leaf]) if isinstance(leaf, Edge) else leaf
             for leaf in self.leaves
         ]
-        device = next((value.device for value in values.values() if isinstance(value, Tensor)), None)
         output = self.layout.build(leaves)
-        if self.targets is None:
-            loss = self.function(output)
-        else:
-            loss = self.function(output, _moved(self.targets[micro_batch], device))
+        loss = self.function(output) if self.target is None else self.function(output, target)
         check_loss(loss)
         weighted = loss * self.weights[micro_batch]
         (weighted if self.scale == 1.0 else weighted * self.scale).backward()
@@ -89,10 +110,6 @@ class Loss:
 
 def _elsewhere(*_: Any) -> None:
     """Stands for the loss on the workers that do not make it."""
-
-
-def _moved(target: Any, device: torch.device | None) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, target)
 
 
 def check_loss(loss: Any) -> None:
@@ -141,23 +158,29 @@ def weights_of(function: Callable[..., Any], sizes: Sequence[int], reduction: st
     return tuple(size / total if wanted == "mean" else 1.0 for size in sizes)
 
 
-def cut_target(target: Any, samples: int, chunks: int) -> tuple[Any, ...] | None:
-    """The targets of each micro-batch, cut as the inputs are; None if there is none.
+def cut_target(
+    target: Any, samples: int, chunks: int, stage_count: int
+) -> tuple[TargetLayout | None, dict[Edge, list[Tensor]]]:
+    """The target, cut as the inputs are: its layout, None if there is none, and each tensor by micro-batch.
 
     Args:
         target: a tensor, or a tuple, list or dict of them; what is no tensor goes to every micro-batch.
         samples: of the batch.
         chunks: micro-batches.
+        stage_count: the number of stages: behind the last one the loss is made.
 
     Raises:
         InputError: a tensor has another length than the batch.
     """
     if target is None:
-        return None
+        return None, {}
     leaves, structure = pytree.tree_flatten(target)
-    columns = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+    columns: dict[Edge, list[Tensor]] = {}
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            continue
+        edge = leaves[index] = Edge(f"the target's leaf {index}", CLIENT, stage_count, Lossless(), Lossless())
+        if leaf.dim() > 0:
             if leaf.shape[0] != samples:
                 raise InputError(
                     "the target has another length than the batch",
@@ -165,8 +188,7 @@ def cut_target(target: Any, samples: int, chunks: int) -> tuple[Any, ...] | None
                     found=f"{leaf.shape[0]}",
                     allowed=f"{samples}, as the inputs have",
                 )
-            columns.append([chunk.detach() for chunk in torch.tensor_split(leaf, chunks)])
+            columns[edge] = [chunk.detach() for chunk in torch.tensor_split(leaf, chunks)]
         else:
-            columns.append([leaf] * chunks)
-    rows = list(zip(*columns, strict=True)) if columns else [()] * chunks
-    return tuple(pytree.tree_unflatten(list(row), structure) for row in rows)
+            columns[edge] = [leaf.detach()] * chunks
+    return TargetLayout(tuple(leaves), structure), columns

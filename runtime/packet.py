@@ -14,6 +14,7 @@ from fxsplit.compressors import Lossless
 from fxsplit.compressors.base import Memory
 from fxsplit.compressors.nodes import decode, encode
 from fxsplit.errors import CompressorError, PlanError
+from fxsplit.runtime.streams import Marks, brought
 from fxsplit.spec import TensorSpec
 from fxsplit.stage import Edge
 
@@ -42,12 +43,14 @@ class Packet:
         spec: of the tensor; None if the value is no tensor.
         requires_grad: whether the sender waits for a gradient.
         value: the value, if it is no tensor.
+        marks: behind the work that makes the payload, if that is on a GPU; they stay in their process.
     """
 
     payload: tuple[Tensor, ...]
     spec: TensorSpec | None = None
     requires_grad: bool = False
     value: Any = None
+    marks: Marks = ()
 
     @property
     def raw_bytes(self) -> int:
@@ -99,11 +102,14 @@ def _refuse_gradients_in(value: Any, key: Key) -> None:
 
 
 def unpack(packet: Packet, edge: Edge, backward: bool, device: torch.device, memory: Memory | None = None) -> Any:
-    """Decodes a packet on the receiver's device, with what the compressor kept of the value before, if it did."""
+    """Decodes a packet on the receiver's device, with what the compressor kept of the value before, if it did.
+
+    What comes out is for the current stream of the device.
+    """
     if packet.spec is None:
         return packet.value
     codec = edge.gradient_compressor if backward else edge.compressor
-    payload = tuple(tensor.to(device) for tensor in packet.payload)
+    payload = brought(packet.payload, packet.marks, device)
     return payload[0] if isinstance(codec, Lossless) else decode(codec, payload, packet.spec, memory)
 
 

@@ -63,6 +63,7 @@ class Pipeline(ModuleView):
         deferred_batch_norm: bool = False,
         has_learned: bool = False,
         checkpoint: Sequence[str] = (),
+        cuda_graphs: bool = False,
     ) -> None:
         self.training = model.training
         self._name = type(model).__name__
@@ -75,7 +76,7 @@ class Pipeline(ModuleView):
         self._model = model
         self._state_keys = list(model.state_dict())
         self._canonical = canonical_names(model)
-        self._engine = Engine(transport, deferred_batch_norm, checkpoint)
+        self._engine = Engine(transport, deferred_batch_norm, checkpoint, cuda_graphs)
         self._gradients = Gradients(self._engine)
         self._handles = OrderedDict(
             (name, ParameterHandle(name, parameter, self._gradients))

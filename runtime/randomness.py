@@ -51,7 +51,10 @@ class Randomness:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Runs what is inside with generators of this seed; afterwards they are as before."""
     with GENERATORS, torch.random.fork_rng(devices=_cuda(device)):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        for index in _cuda(device):  # torch.manual_seed would seed those of other workers' devices, too
+            with torch.cuda.device(index):
+                torch.cuda.manual_seed(seed)
         yield
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fxsplit.runtime.packet import Key, Packet
+from fxsplit.runtime.streams import Marks
 from fxsplit.schedules import Action
 
 
@@ -94,6 +95,8 @@ class RunReport:
         traffic: what it sent, by (receiver, backward).
         spans: what it did when.
         losses: of the micro-batches, weighted, if the loss is made here.
+        notes: what the user is to be told, once.
+        marks: behind the work that makes them, if they are on a GPU of this process.
         peak_memory_bytes: the most that its devices' memory (CUDA), or else its process, has held so far.
     """
 
@@ -105,6 +108,8 @@ class RunReport:
     traffic: dict[tuple[str, bool], LinkTraffic] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
+    marks: Marks = ()
+    notes: list[str] = field(default_factory=list)
     peak_memory_bytes: int = 0
 
     @contextmanager

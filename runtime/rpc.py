@@ -26,10 +26,12 @@ from torch.distributed import autograd as dist_autograd
 from torch.distributed import rpc
 
 from fxsplit.errors import PipelineError, WorkerError
+from fxsplit.runtime import device_maps
 from fxsplit.runtime.gate import Gate
 from fxsplit.runtime.handshake import interface_of
 from fxsplit.runtime.launch import WorkerProcess, WorkerSettings
 from fxsplit.runtime.packet import Key, Packet
+from fxsplit.runtime.streams import to_host
 from fxsplit.runtime.transport import CLIENT_NAME, CommandHandler, Endpoint, Mailbox
 
 START_TIMEOUT_S = 60.0
@@ -73,21 +75,45 @@ class RpcEndpoint:
         handler: runs commands that arrive.
     """
 
+    is_immediate = False
+
     def __init__(self, name: str, session: str, handler: CommandHandler) -> None:
         self.name = name
         self.mailbox = Mailbox()
         self.handler = handler
         self._session = session
+        self._direct: dict[str, torch.device] = {}
 
-    def join(self, store: Store, rank: int, world_size: int, interface: str = LOOPBACK) -> None:
-        """Becomes a member of the RPC group, listening on one interface; returns when all are there."""
+    def join(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        interface: str = LOOPBACK,
+        gpus: Mapping[str, int] | None = None,
+    ) -> None:
+        """Becomes a member of the RPC group, listening on one interface; returns when all are there.
+
+        Args:
+            store: by which they meet.
+            rank: the client's is 0.
+            world_size: members of the group.
+            interface: of the network.
+            gpus: of the workers, as the client knows them; see `device_maps.sole_gpus`.
+        """
         global _endpoint
         _endpoint = self
+        maps = device_maps.peers_of(self.name, device_maps.exchange(store, rank, gpus or {}))
+        self._direct = {peer: next(iter(pairs)) for peer, pairs in maps.items()}
+        by_address = {self._address(peer): dict(pairs) for peer, pairs in maps.items()}
+        channels, reverse, devices = device_maps.options_of(by_address)
         # Sockets alone: the shared memory transport polls with a thread that is never idle, in every process, and
         # on few cores the stages then compute several times slower (measured: 7 s a step instead of 1).
         options = rpc.TensorPipeRpcBackendOptions(
-            num_worker_threads=8, rpc_timeout=0, _transports=["uv"], _channels=["basic"]
+            num_worker_threads=8, rpc_timeout=0, _transports=["uv"], _channels=channels
         )
+        for address, pairs in by_address.items():
+            options.set_device_map(address, pairs)  # type: ignore[arg-type]
         with warnings.catch_warnings(), _environment(TP_SOCKET_IFNAME=interface):
             warnings.simplefilter("ignore")  # torch warns of its own use of a deprecated function at each start
             dist_autograd._init(rank)  # type: ignore[attr-defined]
@@ -95,7 +121,7 @@ class RpcEndpoint:
             # pipeline and a fresh worker, and makes a process group of gloo, which waits for ever for a peer that
             # has died.
             address = self._address(self.name)
-            agent = TensorPipeAgent(store, address, rank, world_size, options, {}, [])
+            agent = TensorPipeAgent(store, address, rank, world_size, options, reverse, devices)
             rpc.api._init_rpc_states(agent)
         for word in ("member", "ready to go"):  # twice: the client's store ends with this call
             store.set(f"{word}/{rank}", "1")
@@ -104,7 +130,7 @@ class RpcEndpoint:
 
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Hands the packet to TensorPipe, which sends it in the background."""
-        payload = tuple(_compact(tensor) for tensor in packet.payload)
+        payload = tuple(_compact(tensor, self._direct.get(to)) for tensor in packet.payload)
         return self._invoke(to, _deliver, key, replace(packet, payload=payload))
 
     def call(self, to: str, command: str, *arguments: Any) -> Future[Any]:
@@ -143,9 +169,16 @@ def _resolve(to: str, done: torch.futures.Future[Any], result: Future[Any]) -> N
         result.set_exception(WorkerError(f"worker {to} did not answer", where=to, found=first_line))
 
 
-def _compact(tensor: Tensor) -> Tensor:
-    """A CPU tensor that owns just its elements: RPC would send the whole storage of a slice."""
-    tensor = tensor.detach().cpu()
+def _compact(tensor: Tensor, direct: torch.device | None) -> Tensor:
+    """A tensor that owns just its elements: RPC would send the whole storage of a slice.
+
+    Args:
+        tensor: to be sent.
+        direct: the CUDA device from which tensors go directly; others go by way of the CPU.
+    """
+    tensor = tensor.detach()
+    if tensor.is_cuda and tensor.device != direct:
+        return to_host(tensor)
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         return tensor.clone(memory_format=torch.preserve_format)
     return tensor
@@ -187,6 +220,9 @@ class Rpc:
         listen: "HOST:PORT" at which named workers join; None: all are started here.
         token: what they must know.
         joining: the devices of each worker that joins, by name.
+
+    Attributes:
+        gpus: the workers between which tensors go from GPU to GPU, each with its device; see `device_maps`.
     """
 
     name = "rpc"
@@ -197,6 +233,7 @@ class Rpc:
         self._listen = listen
         self._token = token
         self._joining = dict(joining or {})
+        self.gpus: Mapping[str, int] = {}
         self._processes: list[WorkerProcess] = []
         self._gate: Gate | None = None
         self._endpoint: RpcEndpoint | None = None
@@ -233,7 +270,7 @@ class Rpc:
                 settings = WorkerSettings(name, session, rank, len(workers) + 1, path, torch.get_num_threads())
                 self._processes.append(WorkerProcess(settings))
             self._await_ready(store)
-            endpoint.join(store, 0, len(workers) + 1)
+            endpoint.join(store, 0, len(workers) + 1, gpus=self.gpus)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -250,7 +287,7 @@ class Rpc:
                 self._processes.append(WorkerProcess(settings))
         self._gate.await_all(JOIN_TIMEOUT_S, self._check_processes)
         address = self._gate.members[workers[0]].address if workers else "127.0.0.1"
-        endpoint.join(self._gate.store, 0, len(workers) + 1, interface_of(address))
+        endpoint.join(self._gate.store, 0, len(workers) + 1, interface_of(address), self.gpus)
 
     def _check_processes(self) -> None:
         if reason := self._lost_process():

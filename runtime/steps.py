@@ -121,9 +121,10 @@ class StepRequest:
         """
         samples = batch_size(leaves)
         sizes = [samples // chunks + (i < samples % chunks) for i in range(chunks)]
+        layout_of_target, targets = cut_target(self.target, samples, chunks, len(self.workers))
         loss = Loss(
             function=self.loss_fn,
-            targets=cut_target(self.target, samples, chunks),
+            target=layout_of_target,
             weights=weights_of(self.loss_fn, sizes, self.reduction),
             leaves=engine.output_edges(mode),
             layout=layout,
@@ -133,7 +134,7 @@ class StepRequest:
             returns_outputs=self.returns_output,
         )
         rows = [[leaf for leaf in row if isinstance(leaf, Tensor)] for row in cut_batch(leaves, samples, chunks)]
-        total, values = engine.step(rows, mode, loss)
+        total, values = engine.step(rows, mode, loss, targets)
         engine.metrics.samples += samples
         if not self.returns_output:
             return StepResult(total, None)

@@ -6,10 +6,12 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_any
+from dataclasses import replace
 from typing import Any, Protocol
 
 from fxsplit.errors import PipelineError
 from fxsplit.runtime.packet import Key, Packet
+from fxsplit.runtime.streams import mark
 
 CommandHandler = Callable[[str, tuple[Any, ...]], "Future[Any]"]
 
@@ -36,12 +38,16 @@ class Mailbox:
             return slot
 
     def deliver(self, key: Key, packet: Packet) -> None:
-        """Puts a packet in its slot; a packet of a run that was given up is dropped."""
+        """Puts a packet in its slot; a packet of a run that was given up is dropped.
+
+        Whoever takes it can tell when what is queued on the current streams by now is done.
+        """
+        marks = mark(packet.payload)
         with self._lock:
             if key.run in self._aborted:
                 return
             slot = self._slots.setdefault(key, Future())
-        slot.set_result(packet)
+        slot.set_result(replace(packet, marks=marks) if marks else packet)
 
     def forget(self, key: Key) -> None:
         """Drops a packet that has been used."""
@@ -65,6 +71,8 @@ class Endpoint(Protocol):
 
     name: str
     mailbox: Mailbox
+    is_immediate: bool
+    """Whether sending takes the host no longer than queueing a copy."""
 
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Delivers a packet to a worker's mailbox, in the background."""

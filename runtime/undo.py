@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,10 +30,13 @@ class Undo:
         """Copies what a run may change. Gradients that are not there, as after `zero_grad`, cost nothing."""
         stages = list(stages)
         parameters = [p for stage in stages for p in stage.parameters()] if with_gradients else []
+        buffers = [buffer for stage in stages for buffer in stage.buffers()]
+        with_gradient = [p for p in parameters if p.grad is not None]
+        copies = iter(_copies([p.grad for p in with_gradient if p.grad is not None]))
         return cls(
             number,
-            [(buffer, buffer.clone()) for stage in stages for buffer in stage.buffers()],
-            [(p, None if p.grad is None else p.grad.clone()) for p in parameters],
+            list(zip(buffers, _copies(buffers), strict=True)),
+            [(p, None if p.grad is None else next(copies)) for p in parameters],
         )
 
     @torch.no_grad()
@@ -42,3 +46,20 @@ class Undo:
             buffer.copy_(before)
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of each tensor; on a GPU by one launch for many of them."""
+    copies: list[Tensor | None] = [None] * len(tensors)
+    together: defaultdict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        if tensor.is_cuda and tensor.dtype != torch.bool and not tensor.is_complex():
+            together[tensor.device, tensor.dtype].append(index)
+        else:
+            copies[index] = tensor.clone()
+    for indices in together.values():
+        with torch.no_grad():
+            made = torch._foreach_mul([tensors[index] for index in indices], 1)
+        for index, copy in zip(indices, made, strict=True):
+            copies[index] = copy
+    return [copy for copy in copies if copy is not None]

@@ -13,16 +13,19 @@ from fxsplit.compressors.decaying_linear import Shrink
 from fxsplit.runtime import shipping
 from fxsplit.runtime.courier import Courier
 from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
-from fxsplit.runtime.executor import Executor, Holding, RunState
+from fxsplit.runtime.executor import Executor, Holding
 from fxsplit.runtime.failure import Failure
+from fxsplit.runtime.graphs import StageGraphs, refusal
 from fxsplit.runtime.imitation import Imitation
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.memory import peak_memory_bytes
 from fxsplit.runtime.parameters import ParameterStore
 from fxsplit.runtime.randomness import Randomness
 from fxsplit.runtime.report import RunReport
+from fxsplit.runtime.run_state import RunState
 from fxsplit.runtime.settings import TorchSettings
-from fxsplit.runtime.transport import Endpoint
+from fxsplit.runtime.streams import Pace, mark
+from fxsplit.runtime.transport import CLIENT_NAME, Endpoint
 from fxsplit.runtime.undo import Undo
 from fxsplit.schedules import Action
 from fxsplit.stage import Mode
@@ -44,6 +47,7 @@ class Worker:
         self._runs: dict[int, RunState] = {}
         self._guarded: Set[Mode] = frozenset()
         self._undo = Undo(0)
+        self._pace = Pace(())
         self._parameters = ParameterStore()
         self._imitation = Imitation()
         self._shrinking: list[Shrink] = []
@@ -86,6 +90,7 @@ class Worker:
         settings: TorchSettings,
         deferred_batch_norm: bool,
         checkpoint: Sequence[str],
+        cuda_graphs: bool,
     ) -> None:
         """Takes the stages over.
 
@@ -99,6 +104,7 @@ class Worker:
             settings: the client's precision and determinism.
             deferred_batch_norm: running statistics are those of whole batches.
             checkpoint: the policy of every stage; none if they are "never" checkpointed.
+            cuda_graphs: stages on GPUs are replayed as CUDA graphs.
         """
         settings.apply()
         stages = shipping.load(data, tensors)
@@ -106,13 +112,23 @@ class Worker:
         for number, module in stages.items():
             module.to(placed[number])
         batch_norms = DeferredBatchNorm(stages.values() if deferred_batch_norm else ())
-        self._holding = Holding(stages, placed, tuple(workers), batch_norms, tuple(checkpoint))
+        graphs = None
+        if cuda_graphs:
+            policies = {stage: checkpoint[stage] if checkpoint else "never" for stage in stages}
+            reasons = {n: refusal(module, policies[n], batch_norms.layers) for n, module in stages.items()}
+            refused = {stage: reason for stage, reason in reasons.items() if reason is not None}
+            graphs = StageGraphs(stages, placed, refused, self._may_record)
+        self._holding = Holding(stages, placed, tuple(workers), batch_norms, tuple(checkpoint), graphs)
         self._guarded = guarded
+        self._pace = Pace(placed.values())
         self._memories.clear()
         self._shrinking = [m for stage in stages.values() for m in stage.modules() if isinstance(m, Shrink)]
         self._parameters.hold(stages, canonical)
         self._imitation.hold(stages)
         self._executor = self._new_executor()
+
+    def _may_record(self) -> bool:
+        return not self._imitation.is_watching and not any(run.has_graph for run in self._runs.values())
 
     def _new_executor(self) -> Executor:
         check = lambda: self.check()  # noqa: E731  # the client's changes with each run
@@ -138,6 +154,7 @@ class Worker:
             loss: if a whole step is run; as `shipping.dump` made it, if it comes from another process.
         """
         report = RunReport(self._endpoint.name)
+        self._pace.begin()
         run = self._begin(number, mode, is_step=loss is not None)
         run.randomness = randomness
         for layer in self._shrinking:
@@ -147,7 +164,14 @@ class Worker:
         self._holding.batch_norms.commit()
         if not run.saved:
             del self._runs[number]
+        self._pace.end()
         report.spans += self._courier.links()
+        if self._holding.graphs is not None:
+            report.notes = self._holding.graphs.notes()
+        if self._endpoint.is_immediate or self._endpoint.name == CLIENT_NAME:
+            report.marks = mark(report.losses)
+        else:
+            report.losses = [loss.cpu() for loss in report.losses]
         report.peak_memory_bytes = peak_memory_bytes(self._holding.devices.values())
         return report
 
@@ -167,7 +191,8 @@ class Worker:
             undo: put back what its forward did to buffers: it was refused by a guard and will be run again, or
                 another worker failed.
         """
-        self._runs.pop(run, None)
+        if (forgotten := self._runs.pop(run, None)) is not None:
+            forgotten.forget()
         if undo:
             self._memories.clear()  # one end of an edge may have seen a packet that the other has not
         if undo and self._undo.number == run:

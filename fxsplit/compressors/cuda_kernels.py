@@ -12,15 +12,14 @@ import warnings
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fxsplit.compressors import triton_kernels
-from fxsplit.compressors.cuda_selection import extremes as extremes
-from fxsplit.compressors.cuda_selection import on_device
-from fxsplit.compressors.cuda_selection import order_statistics as order_statistics
-from fxsplit.compressors.cuda_selection import ranges as ranges
+from fxsplit.compressors.cuda_layout import on_device, power_of_2
+from fxsplit.compressors.cuda_ranges import extremes as extremes
+from fxsplit.compressors.cuda_ranges import order_statistics as order_statistics
+from fxsplit.compressors.cuda_ranges import ranges as ranges
 from fxsplit.compressors.grouping import Layout
 from fxsplit.compressors.packing import packed_bytes
 from fxsplit.compressors.ranges import RangeRule
@@ -67,7 +66,7 @@ def seeds(table: Tensor) -> Tensor:
             (groups,),
             (table.view(torch.int32), found),
             (groups * words, words),
-            {"BLOCK": min(1024, triton.next_power_of_2(2 * words))},
+            {"BLOCK": min(1024, power_of_2(2 * words))},
         )
     return found
 
@@ -75,12 +74,12 @@ def seeds(table: Tensor) -> Tensor:
 def encode(values: Tensor, minima: Tensor, inverse: Tensor, seeds: Tensor | None, scheme: Scheme) -> Tensor:
     """As `torch_kernels.encode`; the result may be the beginning of a slightly longer memory."""
     count, bits = values.numel(), scheme.bits
-    rows = triton.cdiv(count, 8)
+    rows = -(-count // 8)
     packed = values.new_empty(rows * bits, dtype=torch.uint8)
     wide = tl.float64 if values.dtype == torch.float64 else tl.float32
     with on_device(values.device):
         _encode(
-            (triton.cdiv(rows, ROWS),),
+            (-(-rows // ROWS),),
             (
                 *(values, packed.view(_UNITS[math.gcd(bits, 8)]), minima, inverse),
                 minima if seeds is None else seeds,
@@ -89,13 +88,13 @@ def encode(values: Tensor, minima: Tensor, inverse: Tensor, seeds: Tensor | None
             {"STOCHASTIC": seeds is not None, "WIDE": wide, **_constants(scheme, count)},
             **_OPTIONS,
         )
-    return packed[: packed_bytes(count, bits)]
+    return packed if count % 8 == 0 else packed[: packed_bytes(count, bits)]
 
 
 def decode(packed: Tensor, table: Tensor, scheme: Scheme, spec: TensorSpec) -> Tensor:
     """As `torch_kernels.decode`."""
     count, bits = spec.numel, scheme.bits
-    unit, rows = math.gcd(bits, 8), triton.cdiv(count, 8)
+    unit, rows = math.gcd(bits, 8), -(-count // 8)
     decoded = torch.empty(spec.shape, dtype=spec.dtype, device=packed.device)
     if count == 0:
         return decoded
@@ -106,7 +105,7 @@ def decode(packed: Tensor, table: Tensor, scheme: Scheme, spec: TensorSpec) -> T
         packed = padded
     with on_device(packed.device):
         _decode(
-            (triton.cdiv(rows, ROWS),),
+            (-(-rows // ROWS),),
             (packed.view(_UNITS[unit]) if unit > 1 else packed, table, decoded),
             (count, scheme.layout.groups, scheme.layout.inner),
             {"LIMIT": torch.finfo(spec.dtype).max, **_constants(scheme, count)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from typing import Protocol
@@ -55,7 +56,12 @@ def kernels_for(device: torch.device, count: int) -> Kernels:
     """The fastest kernels that work on a device, for a tensor of so many elements."""
     if device.type == "cpu" and count >= COMPILED_FROM and cpu_kernels.available():
         return cpu_kernels
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    return _on_gpu(device) if device.type == "cuda" else torch_kernels
+
+
+@functools.cache
+def _on_gpu(device: torch.device) -> Kernels:
+    if importlib.util.find_spec("triton") is not None:
         from fxsplit.compressors import cuda_kernels
 
         if cuda_kernels.available(device):

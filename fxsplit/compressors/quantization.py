@@ -12,6 +12,7 @@ element's position has to be kept. An element equal to a bound decodes to itself
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -87,11 +88,8 @@ class Quantization(Compressor):
             CompressorError: the dtype is not a floating point type of 16, 32 or 64 bits, or the tensor cannot
                 be divided into blocks of `group` elements.
         """
-        check_floating(self, spec)
-        group = self.group_for(spec)
-        groups = () if group == "tensor" else (Layout.of(spec, group).groups,)
-        codes = TensorSpec((packed_bytes(spec.numel, self.bits),), torch.uint8)
-        return codes, TensorSpec((2, *groups, 1 << self.split_bits), wide_dtype(spec.dtype))
+        form = _form(self, spec)
+        return form.codes, form.table
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Codes and table of `x`, of any shape and strides; see the class for their form.
@@ -102,35 +100,34 @@ class Quantization(Compressor):
             CompressorError: `x` is not floating point, holds NaN or infinity, cannot be divided into blocks of
                 `group` elements, or spans more than its table.
         """
-        codes_spec, table_spec = self.wire(TensorSpec.of(x))
-        scheme, values = self._scheme(TensorSpec.of(x)), plain(x).view(-1)
+        form, values = _form(self, TensorSpec.of(x)), plain(x).view(-1)
         if values.numel() == 0:
-            codes = values.new_empty(codes_spec.shape, dtype=torch.uint8)
-            return codes, values.new_zeros(table_spec.shape, dtype=table_spec.dtype)
+            codes = values.new_empty(form.codes.shape, dtype=torch.uint8)
+            return codes, values.new_zeros(form.table.shape, dtype=form.table.dtype)
         kernels = kernels_for(values.device, values.numel())
-        coded = self._coded(values, scheme, kernels)
+        coded = self._coded(values, form, kernels)
         if coded is None:
             if not bool(values.isfinite().all()):
                 raise not_finite(self, values)
             # Or these kernels gave up, which they say by NaN.
-            coded = self._coded(values, scheme, torch_kernels)
+            coded = self._coded(values, form, torch_kernels)
         if coded is None:
             raise CompressorError(
                 f"the values span more than a step of {self} can hold",
                 found=f"{values.min().item():g} to {values.max().item():g}",
-                allowed=f"a step below {torch.finfo(table_spec.dtype).max:g}",
+                allowed=f"a step below {torch.finfo(form.table.dtype).max:g}",
                 hint="use more bits, or send this edge with the compressor 'none'",
             )
         codes, table = coded
-        return codes, table.view(table_spec.shape)
+        return codes, table.view(form.table.shape)
 
-    def _coded(self, values: Tensor, scheme: Scheme, kernels: Kernels) -> tuple[Tensor, Tensor] | None:
+    def _coded(self, values: Tensor, form: _Form, kernels: Kernels) -> tuple[Tensor, Tensor] | None:
         """Codes and table; None if the table is not finite.
 
         An accelerator is under way with the codes while the host waits to hear whether it is.
         """
-        rule, wide = self.rule(scheme.layout), wide_dtype(values.dtype)
-        ranges = kernels.ranges(values, scheme.layout, rule, scheme.levels, wide)
+        scheme = form.scheme
+        ranges = kernels.ranges(values, scheme.layout, form.rule, scheme.levels, form.table.dtype)
         if values.device.type == "cpu" and not ranges.are_finite():
             return None
         seeds = kernels.seeds(ranges.table) if scheme.stochastic else None
@@ -147,7 +144,7 @@ class Quantization(Compressor):
         """
         self.check_payload(payload, spec)
         codes, table = payload
-        scheme = self._scheme(spec)
+        scheme = _form(self, spec).scheme
         table = table.reshape(2, scheme.layout.groups, scheme.buckets)
         return kernels_for(codes.device, spec.numel).decode(codes, table, scheme, spec)
 
@@ -156,10 +153,27 @@ class Quantization(Compressor):
         table_bytes = 2 * wide_dtype(spec.dtype).itemsize << self.split_bits
         return group_of(self.group, spec, self.bits, table_bytes)
 
-    def _scheme(self, spec: TensorSpec) -> Scheme:
-        return Scheme(
-            Layout.of(spec, self.group_for(spec)),
-            self.bits,
-            self.split_bits,
-            stochastic=self.rounding == "stochastic",
-        )
+
+@dataclass(frozen=True)
+class _Form:
+    """What follows from the spec of a tensor; see `Quantization`."""
+
+    codes: TensorSpec
+    table: TensorSpec
+    scheme: Scheme
+    rule: RangeRule
+
+
+@functools.lru_cache(maxsize=4096)
+def _form(codec: Quantization, spec: TensorSpec) -> _Form:
+    """That of a tensor, kept, since finding it takes longer than launching a kernel."""
+    check_floating(codec, spec)
+    group = codec.group_for(spec)
+    layout = Layout.of(spec, group)
+    groups = () if group == "tensor" else (layout.groups,)
+    return _Form(
+        TensorSpec((packed_bytes(spec.numel, codec.bits),), torch.uint8),
+        TensorSpec((2, *groups, 1 << codec.split_bits), wide_dtype(spec.dtype)),
+        Scheme(layout, codec.bits, codec.split_bits, stochastic=codec.rounding == "stochastic"),
+        codec.rule(layout),
+    )

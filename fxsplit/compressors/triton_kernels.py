@@ -15,9 +15,6 @@ import triton.language as tl
 SNAP = tl.constexpr(6755399441055744.0)
 """1.5 * 2**52: added to a float64, it leaves the nearest integer, ties to even, in the lowest bits."""
 
-MAX_COMPARED = tl.constexpr(8)
-"""Up to so many buckets, comparing with each minimum in turn is faster than a binary search an element."""
-
 
 @triton.jit
 def mix(number: tl.tensor) -> tl.tensor:
@@ -89,13 +86,15 @@ def encode_kernel(
     """
     BUCKETS: tl.constexpr = 1 << SPLIT
     LEVELS: tl.constexpr = (1 << (BITS - SPLIT)) - 1
-    row = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS)
+    # From the end, which was read last when the ranges were found, and may be in the cache.
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(INDEX) * ROWS + tl.arange(0, ROWS)
     index = row[:, None] * 8 + tl.arange(0, 8)[None, :]
     inside = index < count
     x = tl.load(values_at + index, mask=inside, other=0.0).to(WIDE)
     first = group_row(index, row, groups, inner, ONE_GROUP, ALIGNED) * BUCKETS
     bucket = tl.zeros((ROWS, 8), tl.int32)
-    if BUCKETS <= MAX_COMPARED:
+    if BUCKETS <= 4:
+        # Choosing among numbers in registers is faster than loading one for each element.
         minimum = tl.broadcast_to(tl.load(minima_at + first), (ROWS, 8))
         inverse = tl.broadcast_to(tl.load(inverse_at + first), (ROWS, 8))
         for j in tl.static_range(1, BUCKETS):
@@ -103,7 +102,7 @@ def encode_kernel(
             above = x >= bound.to(WIDE)
             minimum = tl.where(above, bound, minimum)
             inverse = tl.where(above, tl.load(inverse_at + first + j), inverse)
-            bucket += above.to(tl.int32)
+            bucket = tl.where(above, j, bucket)
     else:
         for step in tl.static_range(SPLIT):
             probe = bucket + (BUCKETS >> (step + 1))

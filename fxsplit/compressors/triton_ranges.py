@@ -139,11 +139,38 @@ def greatest_of(high: tl.tensor, x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def store_part(parts_at: tl.tensor, low: tl.tensor, high: tl.tensor) -> None:
-    """Stores a program's part of [groups, 2, programs], float32, infinite for NaN; grid (groups, programs)."""
-    part = parts_at + tl.program_id(0).to(tl.int64) * 2 * tl.num_programs(1) + tl.program_id(1)
-    tl.store(part, tl.min(tl.where(low == low, low, -INFINITY), 0))
-    tl.store(part + tl.num_programs(1), tl.max(tl.where(high == high, high, INFINITY), 0))
+def store_part(parts_at: tl.tensor, part: tl.tensor, programs: tl.tensor, low: tl.tensor, high: tl.tensor) -> None:
+    """Stores a part of a group's [2, programs], float32, infinite for NaN."""
+    tl.store(parts_at + part, tl.min(tl.where(low == low, low, -INFINITY), 0))
+    tl.store(parts_at + programs + part, tl.max(tl.where(high == high, high, INFINITY), 0))
+
+
+@triton.jit
+def extremes_of_part(
+    values_at: tl.tensor,
+    group: tl.tensor,
+    part: tl.tensor,
+    programs: tl.tensor,
+    size: tl.tensor,
+    groups: tl.tensor,
+    inner: tl.tensor,
+    INDEX: tl.constexpr,
+    ONE_RUN: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """The least and the greatest of every BLOCK-th element of a part, [BLOCK] each; NaN where one is."""
+    group = group.to(INDEX)
+    lanes = tl.arange(0, BLOCK).to(INDEX)
+    first = tl.load(values_at + place(group * 0, group, size, groups, inner, ONE_RUN)).to(tl.float32)
+    high = tl.zeros((BLOCK,), tl.float32) + first
+    low = high
+    for tile in range(part, tl.cdiv(size, BLOCK), programs):
+        j = tl.cast(tile, INDEX) * BLOCK + lanes
+        x = tl.load(values_at + place(j, group, size, groups, inner, ONE_RUN), mask=j < size, other=0.0)
+        x = tl.where(j < size, x.to(tl.float32), first)
+        high = greatest_of(high, x)
+        low = least_of(low, x)
+    return low, high
 
 
 @triton.jit
@@ -157,19 +184,10 @@ def extremes_kernel(
     ONE_RUN: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The least and the greatest value of parts of each group; see `store_part`."""
-    group = tl.program_id(0).to(INDEX)
-    lanes = tl.arange(0, BLOCK).to(INDEX)
-    first = tl.load(values_at + place(group * 0, group, size, groups, inner, ONE_RUN)).to(tl.float32)
-    high = tl.zeros((BLOCK,), tl.float32) + first
-    low = high
-    for tile in range(tl.program_id(1), tl.cdiv(size, BLOCK), tl.num_programs(1)):
-        j = tl.cast(tile, INDEX) * BLOCK + lanes
-        x = tl.load(values_at + place(j, group, size, groups, inner, ONE_RUN), mask=j < size, other=0.0)
-        x = tl.where(j < size, x.to(tl.float32), first)
-        high = greatest_of(high, x)
-        low = least_of(low, x)
-    store_part(parts_at, low, high)
+    """The extremes of parts of each group, float32 [groups, 2, programs]; grid (groups, programs)."""
+    group, part, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    low, high = extremes_of_part(values_at, group, part, programs, size, groups, inner, INDEX, ONE_RUN, BLOCK)
+    store_part(parts_at + group.to(tl.int64) * 2 * programs, part, programs, low, high)
 
 
 @triton.jit
@@ -177,7 +195,8 @@ def extreme_of(parts: tl.tensor, side: tl.tensor, programs: tl.tensor, PARTS: tl
     """The least (side 0) or the greatest value of a group from its parts [2, programs], float32."""
     lanes = tl.arange(0, PARTS)
     sign = tl.where(side == 0, -1.0, 1.0)
-    values = tl.load(parts + side * programs + lanes, mask=lanes < programs, other=0.0) * sign
+    at = parts + side * programs + lanes
+    values = tl.load(at, mask=lanes < programs, other=0.0, cache_modifier=".cg") * sign
     return sign * tl.max(tl.where(lanes < programs, values, -INFINITY), 0)
 
 
@@ -215,15 +234,17 @@ def store_range(
     low: tl.tensor,
     high: tl.tensor,
     at: tl.tensor,
+    half: tl.tensor,
+    inside: tl.tensor,
     table_at: tl.tensor,
     low_at: tl.tensor,
     inverse_at: tl.tensor,
     finite_at: tl.tensor,
     LEVELS: tl.constexpr,
 ) -> None:
-    """`scheme.make_table` of one range, float32; and 0 to `finite` if that is not finite.
+    """`scheme.make_table` of ranges, float32; and 0 to `finite` if one is not finite.
 
-    The table is float32 [2, groups, buckets], low and inverse are float64 [groups, buckets].
+    The table is float32 [2, half], low and inverse are float64 [half], and `at` are places in these.
     """
     low = tl.where(low == 0.0, 0.0, low).to(tl.float64)
     span = tl.where(high == 0.0, 0.0, high).to(tl.float64) - low
@@ -231,18 +252,58 @@ def store_range(
     inverse = levels / tl.where(span > 0.0, span, 1.0)
     inverse = tl.where(span > 0.0, tl.where(inverse < LIMIT, inverse, LIMIT), 0.0)
     step = (span / levels).to(tl.float32)
-    tl.store(table_at + at, low.to(tl.float32))
-    tl.store(table_at + tl.num_programs(0) * tl.num_programs(1) + at, step)
-    tl.store(low_at + at, low)
-    tl.store(inverse_at + at, inverse)
+    tl.store(table_at + at, low.to(tl.float32), mask=inside)
+    tl.store(table_at + half + at, step, mask=inside)
+    tl.store(low_at + at, low, mask=inside)
+    tl.store(inverse_at + at, inverse, mask=inside)
     is_finite = (tl.abs(low) < INFINITY) & (tl.abs(step) < INFINITY)
-    tl.store(finite_at, 0, mask=is_finite == 0)
+    tl.store(finite_at + at * 0, 0, mask=inside & (is_finite == 0))
+
+
+@triton.jit
+def is_last(tickets_at: tl.tensor, programs: tl.tensor) -> tl.tensor:
+    """Whether the other programs that take a ticket here have done so, and so have stored all they had to.
+
+    What they stored is to be loaded with `cache_modifier=".cg"`. The tickets are 0 again afterwards.
+    """
+    tl.debug_barrier()
+    ticket = tl.atomic_add(tickets_at, 1, sem="acq_rel")
+    if ticket == programs - 1:
+        tl.store(tickets_at, 0)
+    return ticket == programs - 1
 
 
 @triton.jit
 def sampled_ranges_kernel(
     values_at: tl.tensor,
-    parts_at: tl.tensor,
+    table_at: tl.tensor,
+    low_at: tl.tensor,
+    inverse_at: tl.tensor,
+    finite_at: tl.tensor,
+    size: tl.tensor,
+    groups: tl.tensor,
+    inner: tl.tensor,
+    BUCKETS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    INDEX: tl.constexpr,
+    ONE_RUN: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The ranges of a `ranges.RangeRule` that do not touch, of at most BLOCK elements; grid (groups, BUCKETS)."""
+    group, bucket = tl.program_id(0), tl.program_id(1)
+    chunk = tl.cdiv(size, BUCKETS)
+    first = tl.minimum(bucket * chunk, size - 1)
+    keys = sampled_keys(values_at, group, size, groups, inner, 1, INDEX, ONE_RUN, BLOCK)
+    low, high = kth_keys(keys, first, tl.minimum(first + chunk - 1, size - 1))
+    at, half = group.to(tl.int64) * BUCKETS + bucket, tl.num_programs(0).to(tl.int64) * BUCKETS
+    store_range(value_of(low), value_of(high), at, half, at >= 0, table_at, low_at, inverse_at, finite_at, LEVELS)
+
+
+@triton.jit
+def touching_ranges_kernel(
+    values_at: tl.tensor,
+    work_at: tl.tensor,
+    tickets_at: tl.tensor,
     table_at: tl.tensor,
     low_at: tl.tensor,
     inverse_at: tl.tensor,
@@ -251,36 +312,89 @@ def sampled_ranges_kernel(
     groups: tl.tensor,
     inner: tl.tensor,
     stride: tl.tensor,
-    programs: tl.tensor,
-    TOUCHING: tl.constexpr,
     BUCKETS: tl.constexpr,
     PARTS: tl.constexpr,
     LEVELS: tl.constexpr,
     INDEX: tl.constexpr,
     ONE_RUN: tl.constexpr,
     BLOCK: tl.constexpr,
+    SAMPLES: tl.constexpr,
 ) -> None:
-    """The ranges of `ranges.RangeRule` from at most BLOCK sampled elements; grid (groups, buckets).
+    """The ranges of a `ranges.RangeRule` that touch, of at most SAMPLES sampled elements.
 
-    TOUCHING takes the extremes from `parts`, see `extremes_kernel`; with one bucket no more is looked at.
+    Grid (groups, BUCKETS - 1 + programs): the first of a group look for the bounds between its ranges, the
+    others for extremes of parts, at the same time, and who comes last makes the table. `work` is float32
+    [groups, 2 * programs + BUCKETS - 1], tickets are int32 [groups], zeros.
     """
-    group, bucket = tl.program_id(0), tl.program_id(1)
-    parts = parts_at + group.to(tl.int64) * 2 * programs
-    samples = tl.cdiv(size, stride)
-    chunk = tl.cdiv(samples, BUCKETS)
-    first = tl.minimum(bucket * chunk, samples - 1)
-    if TOUCHING:
-        last = tl.minimum(first + chunk, samples - 1)
-        low, high = extreme_of(parts, 0, programs, PARTS), extreme_of(parts, 1, programs, PARTS)
-        if BUCKETS > 1:
-            keys = sampled_keys(values_at, group, size, groups, inner, stride, INDEX, ONE_RUN, BLOCK)
-            low_key, high_key = kth_keys(keys, first, last)
-            low = tl.where(bucket > 0, value_of(low_key), low)
-            high = tl.where(bucket < BUCKETS - 1, value_of(high_key), high)
+    group, number = tl.program_id(0), tl.program_id(1)
+    programs = tl.num_programs(1) - (BUCKETS - 1)
+    work = work_at + group.to(tl.int64) * (2 * programs + BUCKETS - 1)
+    bounds = work + 2 * programs
+    if number < BUCKETS - 1:
+        samples = tl.cdiv(size, stride)
+        rank = tl.minimum((number + 1) * tl.cdiv(samples, BUCKETS), samples - 1)
+        keys = sampled_keys(values_at, group, size, groups, inner, stride, INDEX, ONE_RUN, SAMPLES)
+        tl.store(bounds + number, value_of(kth_key(keys, rank)))
     else:
-        last = tl.minimum(first + chunk - 1, samples - 1)
-        keys = sampled_keys(values_at, group, size, groups, inner, stride, INDEX, ONE_RUN, BLOCK)
-        low_key, high_key = kth_keys(keys, first, last)
-        low, high = value_of(low_key), value_of(high_key)
-    at = group.to(tl.int64) * BUCKETS + bucket
-    store_range(low, high, at, table_at, low_at, inverse_at, finite_at, LEVELS)
+        part = number - (BUCKETS - 1)
+        low, high = extremes_of_part(values_at, group, part, programs, size, groups, inner, INDEX, ONE_RUN, BLOCK)
+        store_part(work, part, programs, low, high)
+    if is_last(tickets_at + group, tl.num_programs(1)):
+        lanes = tl.arange(0, BUCKETS)
+        between = tl.load(bounds + lanes, mask=lanes < BUCKETS - 1, other=0.0, cache_modifier=".cg")
+        before = tl.load(bounds + lanes - 1, mask=lanes > 0, other=0.0, cache_modifier=".cg")
+        low = tl.where(lanes == 0, extreme_of(work, 0, programs, PARTS), before)
+        high = tl.where(lanes == BUCKETS - 1, extreme_of(work, 1, programs, PARTS), between)
+        at, half = group.to(tl.int64) * BUCKETS + lanes, tl.num_programs(0).to(tl.int64) * BUCKETS
+        store_range(low, high, at, half, lanes >= 0, table_at, low_at, inverse_at, finite_at, LEVELS)
+
+
+@triton.jit
+def column_ranges_kernel(
+    values_at: tl.tensor,
+    work_at: tl.tensor,
+    tickets_at: tl.tensor,
+    table_at: tl.tensor,
+    low_at: tl.tensor,
+    inverse_at: tl.tensor,
+    finite_at: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    LEVELS: tl.constexpr,
+    INDEX: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """The range of each column, in two dimensions; grid (cdiv(columns, COLUMNS), programs).
+
+    `work` is float32 [programs, 2, columns], tickets are int32, zeros, one for each block of columns.
+    """
+    programs = tl.num_programs(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = column < columns
+    lanes = tl.arange(0, ROWS)[:, None]
+    first = tl.load(values_at + column, mask=is_column, other=0.0).to(tl.float32)
+    low = tl.zeros((ROWS, COLUMNS), tl.float32) + first[None, :]
+    high = low
+    for tile in range(tl.program_id(1), tl.cdiv(rows, ROWS), programs):
+        row = tl.cast(tile, INDEX) * ROWS + lanes
+        inside = (row < rows) & is_column[None, :]
+        x = tl.load(values_at + row * columns + column[None, :], mask=inside, other=0.0)
+        x = tl.where(inside, x.to(tl.float32), first[None, :])
+        high = greatest_of(high, x)
+        low = least_of(low, x)
+    least = tl.min(tl.where(low == low, low, -INFINITY), 0)
+    greatest = tl.max(tl.where(high == high, high, INFINITY), 0)
+    part = work_at + tl.program_id(1).to(tl.int64) * 2 * columns + column
+    tl.store(part, least, mask=is_column)
+    tl.store(part + columns, greatest, mask=is_column)
+    if is_last(tickets_at + tl.program_id(0), programs):
+        lows = tl.zeros((ROWS, COLUMNS), tl.float32) + INFINITY
+        highs = -lows
+        for start in range(0, programs, ROWS):
+            among = (start + lanes < programs) & is_column[None, :]
+            at = work_at + (start + lanes).to(tl.int64) * 2 * columns + column[None, :]
+            lows = tl.minimum(lows, tl.load(at, mask=among, other=INFINITY, cache_modifier=".cg"))
+            highs = tl.maximum(highs, tl.load(at + columns, mask=among, other=-INFINITY, cache_modifier=".cg"))
+        below, above = tl.min(lows, 0), tl.max(highs, 0)
+        store_range(below, above, column, columns, is_column, table_at, low_at, inverse_at, finite_at, LEVELS)

@@ -1,0 +1,67 @@
+"""Which tensors go from GPU to GPU between processes: TensorPipe's device maps.
+
+TensorPipe wants to be told, for each pair of workers, where on the receiver a tensor on a device of the sender
+goes. That is clear between workers with one CUDA device each; what other workers send goes by way of their hosts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import Store
+
+from fxsplit.planning import Placement
+
+SWITCH = "FXSPLIT_DEVICE_MAPS"
+"""Environment variable of the client: "0" sends everything by way of the hosts."""
+
+CHANNELS = ["basic", "cuda_ipc", "cuda_basic"]
+"""Of TensorPipe, when GPUs take part: by one GPU's access to the other's memory, or through the host's."""
+
+_KEY = "devices"
+
+
+def sole_gpus(placements: Iterable[Placement]) -> dict[str, int]:
+    """The CUDA device of each worker that has exactly one; none if it is switched off.
+
+    >>> from fxsplit.planning import parse_devices
+    >>> sole_gpus(parse_devices(["cuda:0", "a/cuda:1", "b/cuda:0", "b/cuda:1", "cpu"]))
+    {'client': 0, 'a': 1}
+    """
+    if os.environ.get(SWITCH) == "0":
+        return {}
+    found: dict[str, set[int]] = {}
+    for placement in placements:
+        if placement.device_type == "cuda":
+            found.setdefault(placement.worker, set()).add(torch.device(placement.device).index or 0)
+    return {worker: min(indices) for worker, indices in found.items() if len(indices) == 1}
+
+
+def exchange(store: Store, rank: int, gpus: Mapping[str, int]) -> dict[str, int]:
+    """What the client knows of the workers' GPUs, at every member of the group."""
+    if rank == 0:
+        store.set(_KEY, json.dumps(dict(gpus)))
+    known: dict[str, int] = json.loads(store.get(_KEY))
+    return known
+
+
+def peers_of(name: str, gpus: Mapping[str, int]) -> dict[str, dict[torch.device, torch.device]]:
+    """A worker's device map: peer -> own device -> the peer's."""
+    if name not in gpus:
+        return {}
+    own = torch.device("cuda", gpus[name])
+    return {peer: {own: torch.device("cuda", index)} for peer, index in gpus.items() if peer != name}
+
+
+def options_of(
+    maps: Mapping[str, Mapping[torch.device, torch.device]],
+) -> tuple[list[str], Any, list[torch.device]]:
+    """Channels, reverse device maps and devices for TensorPipe's agent: maps lead both ways between each pair."""
+    if not maps:
+        return ["basic"], {}, []
+    torch.cuda.init()
+    return CHANNELS, maps, list(dict.fromkeys(own for pairs in maps.values() for own in pairs))

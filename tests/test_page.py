@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -19,7 +20,7 @@ from tests.test_planning_links import chain
 
 DEVICES = ["cpu", "s/cuda", "cpu"]
 BUDGET = Budget(bandwidth="10MB/s", macs={"cpu": 2 * 10**8})
-OPTIONS = {"compressor": "uniform8", "chunks": 2, "budget": BUDGET}
+OPTIONS: dict[str, Any] = {"compressor": "uniform8", "chunks": 2, "budget": BUDGET}
 
 
 class _Links(HTMLParser):

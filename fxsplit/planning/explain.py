@@ -6,11 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fxsplit.compressors import Lossless
+from fxsplit.compressors.registry import compressors
 from fxsplit.costs import CostTable
+from fxsplit.planning.branches import MOST_NODES, Division, best_bipartition
 from fxsplit.planning.budget import Budget
+from fxsplit.planning.devices import parse_devices
+from fxsplit.planning.links import Links
 from fxsplit.planning.neighbours import LIMITS, Neighbour, neighbours
 from fxsplit.planning.plan import Plan
 from fxsplit.planning.planner import plan as make_plan
+from fxsplit.planning.profile import Profile
 from fxsplit.planning.render import Report
 from fxsplit.planning.units import format_bytes, format_seconds
 from fxsplit.schedules import schedule
@@ -33,7 +39,30 @@ def explain_plan(costs: CostTable, found: Plan, devices: Sequence[str], options:
         for line in LIMITS
         if getattr(budget, line) is not None
     }
-    return explanation(found, beside, freed)
+    made = explanation(found, beside, freed)
+    line = _branches(costs, found, devices, budget, profile) if _is_training(options) else ""
+    return replace(made, footer="\n".join(filter(None, (made.footer, line))))
+
+
+def _branches(
+    costs: CostTable, found: Plan, devices: Sequence[str], budget: Budget, profile: Profile | None
+) -> str:
+    """What a division of the model's branches between two devices would take, if there are two."""
+    placements = tuple(dict.fromkeys(parse_devices(devices)))
+    if len(placements) != 2 or len(costs) > MOST_NODES:
+        return ""
+    one, other = placements
+    links = Links.of(budget, placements, None if profile is None else profile.links)
+    cuts = max(len(found.cuts), 1)
+    there, back = (
+        tuple(dict.fromkeys((Lossless(), *compressors(spelling, cuts))))
+        for spelling in (found.compressor, found.gradient_compressor)
+    )
+    best = best_bipartition(Division(costs, (one, other), links, profile or Profile(), there, back))
+    if best.is_run:
+        return ""
+    step = format_seconds(best.step_s)
+    return f"with its branches on either side, which no stages have, one micro-batch would take {step}"
 
 
 def _is_training(options: Mapping[str, Any]) -> bool:

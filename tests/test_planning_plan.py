@@ -265,8 +265,8 @@ def test_it_prints_as_a_table() -> None:
         "      1   server/cuda:0   body      1.00e8      4.00 kB    3.20 kB     832 B       808 B   80.0 us",
         "      2   cpu (client)    head      1.00e8      4.00 kB    3.20 kB     832 B       808 B   12.0 ms",
         "",
-        "predicted step 25.9 ms (optimal)",
-        "beside it: all on server/cuda:0 643 us, the raw input sent 13.5 ms, no compression 25.7 ms, all on",
+        "predicted step 26.6 ms (optimal)",
+        "beside it: all on server/cuda:0 643 us, the raw input sent 13.8 ms, no compression 25.7 ms, all on",
         "cpu 36.1 ms",
         "cuts chosen; estimated: cpu 2.50e10 MACs/s, cuda 5.00e12 MACs/s; links 1.00 GB/s, 300 us (estimated)",
     ]

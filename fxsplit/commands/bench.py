@@ -53,6 +53,10 @@ def bench(
     listen: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Wait there for named workers to join.")
     ] = None,
+    saved: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="Run this one, in place of --devices, --cuts and the like."),
+    ] = None,
     neighbours: Annotated[
         int, typer.Option("--neighbours", min=0, help="Plans next to it that are run, too; none with --listen.")
     ] = 2,
@@ -75,23 +79,19 @@ def bench(
             plots.check_picture_path(plot)
         torch.set_num_threads(threads)
         budget = options.read_budget(None, bandwidth, latency)
-        measured = options.Measured.read(profile, links, names_in(devices))
+        given = None if saved is None else Plan.load(saved)
+        placed = names_in(devices) if given is None else list(given.devices)
+        measured = options.Measured.read(profile, links, placed)
         find_schedule(schedule)
         module, example = load_model(model, parse_inputs(inputs or ()))
         console = Console(highlight=False)
         with console.status(f"planning {model}"):
-            costs = _costs(module, example, names_in(cuts) if cuts else None)
+            names = list(given.cut_names) if given is not None else names_in(cuts) if cuts else None
+            costs = _costs(module, example, names, given)
             speeds = measured.of(costs)
-            found = make_plan(
-                costs,
-                names_in(devices),
-                cuts=names_in(cuts) if cuts else None,
-                compressor=compressor,
-                chunks=chunks,
-                schedule=schedule,
-                budget=budget,
-                profile=speeds,
-            )
+            common: dict[str, Any] = {"compressor": compressor, "chunks": chunks, "schedule": schedule}
+            common |= {"budget": budget, "profile": speeds}
+            found = make_plan(costs, placed, cuts=names, **common) if given is None else given
             beside = next_to(costs, found, budget=budget, profile=speeds)[: 0 if listen else neighbours]
         plans = {"the plan": found, **{each.what: each.plan for each in beside}}
         rows = []
@@ -105,9 +105,15 @@ def bench(
         console.print(_comparison(rows))
 
 
-def _costs(module: nn.Module, example: Arguments, cuts: list[str] | None) -> CostTable:
-    """What the model costs, with as many places to cut as the planner would have, and those that were named."""
+def _costs(module: nn.Module, example: Arguments, cuts: list[str] | None, given: Plan | None) -> CostTable:
+    """What the model costs, with as many places to cut as the planner would have, and those that were named.
+
+    Raises:
+        PlanError: the plan that was given is of another model.
+    """
     traced = trace_for_planning(module, example)
+    if given is not None:
+        given.check_fingerprint(type(module).__name__, traced.fingerprint)
     if cuts is not None and not set(cuts) <= set(traced.primary.cut_points):
         traced = trace_model(module, example, cuts=cuts)
     with warnings.catch_warnings():

@@ -42,9 +42,20 @@ def _drafts(problem: Problem, draft: Draft) -> Iterator[tuple[str, Draft]]:
                 continue
 
 
+def _kinds(problem: Problem) -> list[Placement]:
+    """The first device of each kind: of a thousand equal ones, one stands for all."""
+    client, links, profile = problem.placements[0].worker, problem.links, problem.profile
+    kinds: dict[object, Placement] = {}
+    for each in problem.placements:
+        speed = each.spelling if profile.is_measured(each) or profile.codecs else each.device_type
+        price = problem.objective.price_per_h.get(each.spelling), problem.budget.memory_limit(each.spelling)
+        kinds.setdefault((each.worker == client, speed, links.kind(client, each.worker), price), each)
+    return list(kinds.values())
+
+
 def _choices(problem: Problem, draft: Draft) -> Iterator[tuple[str, _Choice]]:
     client, none = problem.placements[0], Lossless()
-    for placement in dict.fromkeys(problem.placements):
+    for placement in _kinds(problem):
         if placement == client and draft.positions:
             yield f"all on {client.spelling}", ((client,), (), (), Codecs((), ()))
         elif placement != client and draft.positions != (0,):

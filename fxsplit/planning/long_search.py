@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,7 +158,8 @@ class LongSearch:
         kinds: dict[object, int] = {}
         rows: list[tuple[FloatArray, FloatArray]] = []
         pair = np.zeros((len(problem.placements),) * 2, np.int64)
-        for source, target in combinations(range(len(problem.placements)), 2):
+        count = len(problem.placements)
+        for source, target in combinations(range(count), 2) if problem.leaves_out else pairwise(range(count)):
             ends = problem.placements[source], problem.placements[target]
             there, back = problem.forward[target - 1], problem.backward[target - 1]
             key = _kind(problem, *ends, there, back)

@@ -175,19 +175,27 @@ class Plan:
         forward, backward = (hops_by_pair(self.hops, is_backward=way) for way in (False, True))
         return Times(stage_times(self.parts, self.chunks), forward, backward)
 
+    def check_fingerprint(self, model: str, fingerprint: str) -> None:
+        """Check that the plan was made for a model of this class and structure.
+
+        Raises:
+            PlanError: the fingerprint differs.
+        """
+        if self.fingerprint != fingerprint:
+            raise PlanError(
+                "the plan was made for another model",
+                found=f"{self.model} ({self.fingerprint})",
+                allowed=f"{model} ({fingerprint})",
+                hint="plan again for this model",
+            )
+
     def check_model(self, costs: CostTable) -> None:
         """Check that the plan was made for the model of `costs`; its batch size may be another.
 
         Raises:
             PlanError: the fingerprint differs, or a cut is not in the model.
         """
-        if self.fingerprint != costs.fingerprint:
-            raise PlanError(
-                "the plan was made for another model",
-                found=f"{self.model} ({self.fingerprint})",
-                allowed=f"{costs.model} ({costs.fingerprint})",
-                hint="plan again for this model",
-            )
+        self.check_fingerprint(costs.model, costs.fingerprint)
         for name in self.cut_names:
             if name not in costs.cut_points:
                 close = nearest(name, costs.cut_points)

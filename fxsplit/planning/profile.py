@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fxsplit.compressors.base import Compressor
 from fxsplit.compressors.lossless import Lossless
 from fxsplit.costs import CostTable, NodeCost
+from fxsplit.errors import PlanError
 from fxsplit.planning.calibration import Calibration, MeasuredNode
 from fxsplit.planning.devices import Placement
 from fxsplit.planning.links import Link
@@ -139,6 +140,31 @@ class Profile:
                 speed = CodecSpeed(each.encode_s_per_byte, each.decode_s_per_byte, each.call_s)
                 codecs[each.compressor, device] = speed
         return cls(nodes, codecs, dict(links or {}))
+
+    def scaled(self, device: str, like: str, factor: float) -> Profile:
+        """With a device that is not there: as another one that was measured, taking `factor` times its seconds.
+
+        Raises:
+            PlanError: nothing was measured on the other one, or the factor is not more than 0.
+        """
+        if like not in self.nodes or not 0 < factor < float("inf"):
+            allowed = ", ".join(self.nodes) or "a device that was measured"
+            found = f"{factor} times {like}"
+            raise PlanError("a profile cannot be scaled", found=found, allowed=f"more than 0 times {allowed}")
+        times = {
+            name: NodeSeconds(
+                factor * row.forward_s, factor * row.backward_s, factor * row.call_s, factor * row.backward_call_s
+            )
+            for name, row in self.nodes[like].items()
+        }
+        codecs = {
+            (spelling, device): CodecSpeed(
+                factor * speed.encode_s_per_byte, factor * speed.decode_s_per_byte, factor * speed.call_s
+            )
+            for (spelling, known), speed in self.codecs.items()
+            if known == like
+        }
+        return replace(self, nodes={**self.nodes, device: times}, codecs={**self.codecs, **codecs})
 
     def is_measured(self, placement: Placement) -> bool:
         """Whether the nodes were measured on a device."""

@@ -18,7 +18,7 @@ bytes, or follows from u where the stage has u.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -136,13 +136,16 @@ def least_needs(
         used = Uses.of(costs, stage, stage_of)
         local = frozenset(name for name, home in homes.items() if home == placement.worker)
         rates = {home: links.between(home, placement.worker).bytes_per_s for home in set(homes.values())}
-        send_s = {name: PACKET_S + flow.values[name].nbytes / rates[home] for name, home in homes.items()}
+
+        def send_s(name: str, rates: Mapping[str, float] = rates) -> float:
+            return PACKET_S + flow.values[name].nbytes / rates[homes[name]]
+
         found.append(flow.needs(used, _recomputed(flow, used, local, send_s, seconds_per_mac(placement)), local))
     return tuple(found)
 
 
 def _recomputed(
-    flow: Flow, used: Uses, local: frozenset[str], send_s: Mapping[str, float], mac_s: float
+    flow: Flow, used: Uses, local: frozenset[str], send_s: Callable[[str], float], mac_s: float
 ) -> frozenset[str]:
     candidates = [name for name in used.whole - local if _is_recomputable(flow, name)]
     if not candidates and not used.layouts:
@@ -158,7 +161,7 @@ def _recomputed(
         if name in free:
             graph.add_edge(("begin", name), ("have", name), capacity=0)
         elif flow.is_sendable(name):
-            graph.add_edge(("begin", name), ("have", name), capacity=_nanoseconds(send_s[name]))
+            graph.add_edge(("begin", name), ("have", name), capacity=_nanoseconds(send_s(name)))
         else:
             graph.add_edge(("begin", name), ("have", name))
         # With the value comes its layout; alone, it costs a packet without bytes.

@@ -49,6 +49,12 @@ class Report:
         console.print(self.table())
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
+    def __str__(self) -> str:
+        return self.text()
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
     def html(self) -> str:
         """The table as HTML; every text is escaped."""
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)

@@ -10,7 +10,7 @@ from fxsplit.compressors import compressor
 from fxsplit.errors import CompressorError
 from fxsplit.planning import document
 from fxsplit.planning.devices import CLIENT
-from fxsplit.planning.document import Reader, integer, list_of, number, read_object, refuse, text
+from fxsplit.planning.document import Reader, boolean, integer, list_of, number, read_object, refuse, text
 from fxsplit.spec import TensorSpec
 
 NO_COMPRESSOR = "none"
@@ -34,6 +34,7 @@ class Part:
         kept_bytes: what of that is saved and received for the whole batch.
         forward_s: predicted seconds of its forwards of all micro-batches.
         step_s: predicted seconds of their forwards and backwards.
+        is_measured: whether these come from what was measured on the device, or from an estimate.
     """
 
     stage: int
@@ -46,6 +47,7 @@ class Part:
     kept_bytes: int
     forward_s: float
     step_s: float
+    is_measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ PART_READERS: Mapping[str, Reader[Any]] = {
     "kept_bytes": integer(0),
     "forward_s": number,
     "step_s": number,
+    "is_measured": boolean,
 }
 EDGE_READERS: Mapping[str, Reader[Any]] = {
     "value": text,

@@ -297,7 +297,8 @@ class Plan:
             crossing = [format_bytes(count) for count in bytes_over] or ["", "", ""]
             device = part.device if part.worker in part.device else f"{part.device} ({part.worker})"
             costs = (format_macs(part.macs), format_bytes(part.parameter_bytes), *crossing)
-            row = (str(part.stage), device, _shorten(part.modules), *costs, format_seconds(part.step_s))
+            seconds = f"{'' if part.is_measured else '~'}{format_seconds(part.step_s)}"
+            row = (str(part.stage), device, _shorten(part.modules), *costs, seconds)
             rows.append(row)
         codecs = " / ".join(dict.fromkeys((self.compressor, self.gradient_compressor)))
         title = f"{self.model}, batch {self.batch_size}: {self.schedule}, chunks {self.chunks}, {codecs}"
@@ -326,6 +327,7 @@ class Plan:
 
 
 _COLUMNS = ("stage", "device", "modules", "MACs", "parameters", "over cut", "on wire", "gradients", "time")
+"""`time` begins with '~' where it is an estimate."""
 
 
 def _shorten(modules: tuple[str, ...], most: int = 3) -> str:

@@ -173,6 +173,7 @@ class Stages:
                 kept_bytes=kept,
                 forward_s=forward_s,
                 step_s=forward_s + own.seconds.backward_s + chunks * own.seconds.backward_call_s + 2 * learned_s,
+                is_measured=self.profile.is_measured(placement),
             )
             parts.append(part)
         return tuple(parts)

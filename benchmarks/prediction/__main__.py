@@ -1,7 +1,7 @@
 """Step times that the planner predicts, beside those that are measured, on links of two machines.
 
 python -m benchmarks.prediction                 # all that is not in results.json yet; needs root
-python -m benchmarks.prediction --report        # the tables of what is there
+python -m benchmarks.prediction --report        # the tables of what is there, into the README
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import typer
 import fxsplit
 from benchmarks.prediction.report import report
 from benchmarks.prediction.tasks import CHUNKS, CODECS, DEVICES, LINKS, NAMES, task
+from benchmarks.readme import fill
 from benchmarks.two_machines.hosts import ADDRESSES, on_host, two_hosts
 from fxsplit.opening import trace_for_planning
 from fxsplit.planning import Guard, Plan, Profile
@@ -172,9 +173,9 @@ def _calibrated(name: str, role: str, folder: Path) -> Calibration:
 def main(
     only: Annotated[str, typer.Option(help="Model names with commas.")] = ",".join(NAMES),
     links: Annotated[str, typer.Option(help="Links with commas.")] = ",".join(LINKS),
-    as_report: Annotated[bool, typer.Option("--report", help="Print the tables and measure nothing.")] = False,
+    as_report: Annotated[bool, typer.Option("--report", help="Measure nothing.")] = False,
 ) -> None:
-    """Measures what is missing and prints the tables."""
+    """Measures what is missing; prints the tables, and fills them into the README."""
     torch.set_num_threads(1)
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -191,6 +192,7 @@ def main(
                 results[f"{name} {link}"] = measure(name, link, rates, measured, Path(folder))
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(report(results))
+    fill(RESULTS.with_name("README.md"), "results", report(results))
 
 
 if __name__ == "__main__":

@@ -279,7 +279,10 @@ def gather_kernel(
     low_part = high_part
     for tile in range(tl.program_id(1), tl.cdiv(size, BLOCK), tl.num_programs(1)):
         j = tl.cast(tile, INDEX) * BLOCK + lanes
-        at = values_at + place(j, group, size, groups, inner, ONE_RUN)
+        if ONE_RUN:
+            at = (values_at + group * size + tl.cast(tile, INDEX) * BLOCK) + lanes  # less work than by j
+        else:
+            at = values_at + place(j, group, size, groups, inner, ONE_RUN)
         if (tl.cast(tile, INDEX) + 1) * BLOCK <= size:
             x = tl.load(at).to(tl.float32)
             high_part = greatest_of(high_part, x)

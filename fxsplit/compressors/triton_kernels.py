@@ -93,16 +93,18 @@ def encode_kernel(
     x = tl.load(values_at + index, mask=inside, other=0.0).to(WIDE)
     first = group_row(index, row, groups, inner, ONE_GROUP, ALIGNED) * BUCKETS
     bucket = tl.zeros((ROWS, 8), tl.int32)
-    if BUCKETS <= 4:
-        # Choosing among numbers in registers is faster than loading one for each element.
-        minimum = tl.broadcast_to(tl.load(minima_at + first), (ROWS, 8))
-        inverse = tl.broadcast_to(tl.load(inverse_at + first), (ROWS, 8))
-        for j in tl.static_range(1, BUCKETS):
-            bound = tl.load(minima_at + first + j)
-            above = x >= bound.to(WIDE)
-            minimum = tl.where(above, bound, minimum)
-            inverse = tl.where(above, tl.load(inverse_at + first + j), inverse)
-            bucket = tl.where(above, j, bucket)
+    if BUCKETS == 4:
+        # Choosing among numbers in registers is faster than loading one for each element. Minima are elements.
+        minimum0, minimum1 = tl.load(minima_at + first).to(WIDE), tl.load(minima_at + first + 1).to(WIDE)
+        minimum2, minimum3 = tl.load(minima_at + first + 2).to(WIDE), tl.load(minima_at + first + 3).to(WIDE)
+        upper = x >= minimum2
+        odd = x >= tl.where(upper, minimum3, minimum1)
+        bucket = tl.where(upper, 2, 0) + odd.to(tl.int32)
+        minimum = tl.where(upper, tl.where(odd, minimum3, minimum2), tl.where(odd, minimum1, minimum0))
+        inverse0, inverse1 = tl.load(inverse_at + first), tl.load(inverse_at + first + 1)
+        inverse2, inverse3 = tl.load(inverse_at + first + 2), tl.load(inverse_at + first + 3)
+        inverse = tl.where(upper, tl.where(odd, inverse3, inverse2), tl.where(odd, inverse1, inverse0))
+        minimum = minimum.to(tl.float64)
     else:
         for step in tl.static_range(SPLIT):
             probe = bucket + (BUCKETS >> (step + 1))
@@ -132,12 +134,11 @@ def store_codes(
     """Stores codes [ROWS, 8], packed."""
     UNIT: tl.constexpr = packed_at.dtype.element_ty.primitive_bitwidth
     UNITS: tl.constexpr = 8 * BITS // UNIT
-    if BITS <= 4:
-        shifts = tl.arange(0, 8)[None, :] * BITS
-        low = tl.sum(code << shifts, 1).to(tl.uint32, bitcast=True).to(tl.uint64)
-        high = low
-    elif BITS <= 8:
-        low = tl.sum(code.to(tl.uint64) << (tl.arange(0, 8) * BITS)[None, :].to(tl.uint64), 1)
+    if BITS <= 8:
+        shifts = (tl.arange(0, 4) * BITS)[None, None, :]
+        halves = tl.sum(tl.reshape(code, (ROWS, 2, 4)) << shifts, 2).to(tl.uint32, bitcast=True)
+        first, second = tl.split(halves)
+        low = first.to(tl.uint64) | (second.to(tl.uint64) << (4 * BITS))
         high = low
     else:
         shifts = (tl.arange(0, 4) * BITS)[None, None, :].to(tl.uint64)

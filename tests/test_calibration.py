@@ -51,6 +51,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def found() -> Calibration:
+    torch.set_num_threads(1)  # as in the tests: it is a part of the cache's key
     return fxsplit.calibrate(model(), X, compressors=["uniform8", "none"], repeats=2)
 
 
@@ -167,3 +168,13 @@ def test_links_round_trip(tmp_path: Path) -> None:
     links: dict[Any, Link] = {("client", "a"): Link(1e6, 0.1, "measured")}
     save_links(links, tmp_path / "links.json")
     assert load_links(tmp_path / "links.json") == links
+
+
+def test_compile_plans_with_what_was_kept() -> None:
+    fxsplit.calibrate(model(), X, compressors=["uniform8"], repeats=1).save()
+    fxsplit.calibrate(model(), X, compressors=["uniform8"], repeats=1, role=WORKER).save()
+    for profile, is_measured in ((None, True), (Profile(), False)):
+        with fxsplit.compile(
+            model(), ["cpu", "server/cpu"], cuts=["1"], example_inputs=X, transport="in_process", profile=profile
+        ) as pipe:
+            assert [part.is_measured for part in pipe.plan.parts] == [is_measured] * 2

@@ -12,7 +12,7 @@ import typer
 from fxsplit.costs import CostTable
 from fxsplit.errors import BudgetError, PlanError
 from fxsplit.planning import Budget, Guard, Profile
-from fxsplit.planning.calibration import CLIENT, WORKER, Calibration, cached
+from fxsplit.planning.calibration import Calibration
 from fxsplit.planning.link_file import load_links
 from fxsplit.planning.links import Link
 from fxsplit.planning.stages import AUTO
@@ -152,12 +152,8 @@ class Measured:
         Raises:
             PlanError: a calibration is of another model.
         """
-        kept = {
-            device: cached(costs.fingerprint, device, WORKER if index else CLIENT)
-            for index, device in enumerate(self.here)
-        }
-        found = {device: each for device, each in kept.items() if each is not None}
-        return Profile.of(costs, {**found, **self.files}, self.links)
+        kept, given = Profile.kept(costs, self.here), Profile.of(costs, self.files)
+        return Profile({**kept.nodes, **given.nodes}, {**kept.codecs, **given.codecs}, self.links)
 
 
 def read_budget(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from fxsplit.compressors.base import Compressor
 from fxsplit.compressors.lossless import Lossless
 from fxsplit.costs import CostTable, NodeCost
 from fxsplit.errors import PlanError
-from fxsplit.planning.calibration import Calibration, MeasuredNode
+from fxsplit.planning.calibration import CLIENT, WORKER, Calibration, MeasuredNode, cached
 from fxsplit.planning.devices import Placement
 from fxsplit.planning.links import Link
 
@@ -140,6 +140,21 @@ class Profile:
                 speed = CodecSpeed(each.encode_s_per_byte, each.decode_s_per_byte, each.call_s)
                 codecs[each.compressor, device] = speed
         return cls(nodes, codecs, dict(links or {}))
+
+    @classmethod
+    def kept(cls, costs: CostTable, devices: Iterable[str]) -> Profile:
+        """What `fxsplit calibrate` has kept of a model on devices of this host; empty if that is nothing.
+
+        Args:
+            costs: of the model.
+            devices: as written, the client's first; of named workers, those that are processes of this host.
+        """
+        found = {}
+        for index, device in enumerate(dict.fromkeys(devices)):
+            measured = cached(costs.fingerprint, device.rpartition("/")[2], WORKER if index else CLIENT)
+            if measured is not None:
+                found[device] = measured
+        return cls.of(costs, found)
 
     def scaled(self, device: str, like: str, factor: float) -> Profile:
         """With a device that is not there: as another one that was measured, taking `factor` times its seconds.

@@ -99,7 +99,8 @@ class Clock:
     def begin_s(self, action: Action) -> float:
         """When an action can begin; nothing of what it needs may be missing."""
         ready = self._ready[_GROUP[action.work]].get(action.micro_batch * self._count + action.stage, 0.0)
-        return max(ready, self._free[self._home[action.stage]])
+        free = self._free[self._home[action.stage]]
+        return ready if ready > free else free
 
     def is_able(self, action: Action) -> bool:
         """Whether nothing is missing of what an action needs."""
@@ -188,19 +189,22 @@ class Clock:
     def _occupy(self, resource: int, action: Action, from_s: float, seconds: float) -> float:
         if not seconds:
             return from_s
-        begin = max(from_s, self._free[resource])
+        free = self._free[resource]
+        begin = from_s if from_s > free else free
         end = self._free[resource] = begin + seconds
         self._note(resource, action, begin, end)
         return end
 
     def _note(self, resource: int, action: Action, begin: float, end: float) -> None:
         self._log.append((resource, action, begin, end))
-        self.step_s = max(self.step_s, end)
+        if end > self.step_s:
+            self.step_s = end
 
     def _arrive(self, group: int, key: int, seconds: float) -> None:
         came, ready = self._came[group], self._ready[group]
         came[key] = came.get(key, 0) + 1
-        ready[key] = max(ready.get(key, 0.0), seconds)
+        if seconds > ready.get(key, 0.0):
+            ready[key] = seconds
 
     def _keep(self, stage: int, change: int) -> None:
         live = self.live[stage] = self.live[stage] + change

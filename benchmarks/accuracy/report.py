@@ -116,24 +116,26 @@ def results_of(rows: Iterable[Mapping[str, Any]]) -> list[Result]:
 
 
 def by_protocol(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Rows that have their protocol in common, the longest training first."""
+    """Rows that have their protocol in common: first those of the most configurations, then by length."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(json.dumps({name: row[name] for name in PROTOCOL}), []).append(row)
-    return sorted(groups.values(), key=lambda group: -group[0]["epochs"])
+    by_length = sorted(groups.values(), key=lambda group: -group[0]["epochs"])
+    most = max(by_length, key=lambda group: len({row["config"] for row in group}), default=None)
+    return sorted(by_length, key=lambda group: group is not most)
 
 
 def write_report(rows: Sequence[Mapping[str, Any]], readme: Path = README) -> list[Result]:
-    """Puts tables and facts into the README, and the rows beside it; returns the results of the longest training.
+    """Puts tables and facts into the README, and the rows beside it; returns the results of the main protocol.
 
     Raises:
         ValueError: there are no rows, or the README lacks the marks.
     """
     studies = [results_of(group) for group in by_protocol(rows)] or [results_of(rows)]
-    found, *shorter = studies
+    found, *others = studies
     fill(readme, "results", f"{about(found)}\n\n{PICTURE}\n\n{table(found)}")
     fill(readme, "facts", facts(found))
-    fill(readme, "shorter", "\n\n".join(f"{about(each)}\n\n{table(each)}" for each in shorter) or "None.")
+    fill(readme, "others", "\n\n".join(f"{about(each)}\n\n{table(each)}" for each in others) or "None.")
     lines = (json.dumps(row) for study in studies for result in study for row in result.rows)
     readme.with_name("results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return found

@@ -66,6 +66,7 @@ def order_statistics(values: Tensor, layout: Layout, ranks: Sequence[int]) -> Te
         return torch_kernels.order_statistics(values, layout, ranks)
     if is_scattered(layout):
         values, layout = layout.rows(values).reshape(-1), Layout(1, layout.groups, size)
+    values = values.contiguous()  # a sample is every so many-th element of a tensor
     found = values.new_empty(layout.groups, len(ranks), dtype=torch.float64)
     with on_device(values.device):
         if size <= LAST:

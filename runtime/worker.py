@@ -67,6 +67,7 @@ class Worker:
             "discard": self.discard,
             "state": self.state,
             "clock": time.perf_counter,
+            "echo": lambda _, reply_bytes: torch.zeros(reply_bytes, dtype=torch.uint8),  # of `probe`
             **self._parameters.commands,
             **self._imitation.commands,
             **self._keeper.commands,

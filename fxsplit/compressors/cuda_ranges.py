@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -66,6 +67,7 @@ def order_statistics(values: Tensor, layout: Layout, ranks: Sequence[int]) -> Te
         return torch_kernels.order_statistics(values, layout, ranks)
     if is_scattered(layout):
         values, layout = layout.rows(values).reshape(-1), Layout(1, layout.groups, size)
+    values = values.contiguous()  # a sample is every so many-th element of a tensor
     found = values.new_empty(layout.groups, len(ranks), dtype=torch.float64)
     with on_device(values.device):
         if size <= LAST:
@@ -111,17 +113,13 @@ def ranges(values: Tensor, layout: Layout, rule: RangeRule, levels: int, dtype: 
     launch = _launch_for(layout, rule) if is_taken(values, layout) else None
     if launch is None:
         return found_ranges(values, layout, rule, levels, dtype, extremes, order_statistics)
-    shape = (layout.groups, rule.buckets)
-    table = values.new_empty(2, *shape, dtype=torch.float32)
-    minima, inverse = values.new_empty(shape, dtype=torch.float64), values.new_empty(shape, dtype=torch.float64)
-    message = _Message.take(values.device, layout.groups)
     with on_device(values.device):
-        launch(values, layout, rule, levels, message, (table, minima, inverse, message.is_finite))
-        message.send()
-    return Ranges(table, minima, inverse, message.read)
+        found = launch(values, layout, rule, levels)
+        found.message.send()
+    return Ranges(found.table, found.minima, found.inverse, found.message.read)
 
 
-def _launch_for(layout: Layout, rule: RangeRule) -> Callable[..., None] | None:
+def _launch_for(layout: Layout, rule: RangeRule) -> Callable[[Tensor, Layout, RangeRule, int], _Found] | None:
     """What launches the kernels for a rule's ranges; None if there are none."""
     samples = -(-layout.group_size // rule.stride)
     if is_scattered(layout):
@@ -135,16 +133,14 @@ def _launch_for(layout: Layout, rule: RangeRule) -> Callable[..., None] | None:
     return None
 
 
-def _launch_touching_ranges(
-    values: Tensor, layout: Layout, rule: RangeRule, levels: int, message: _Message, outputs: tuple[Tensor, ...]
-) -> None:
-    programs, groups = programs_of(layout), layout.groups
+def _launch_touching_ranges(values: Tensor, layout: Layout, rule: RangeRule, levels: int) -> _Found:
+    programs, groups, found = programs_of(layout), layout.groups, _Found.of(values, layout, rule)
     samples = 1 if rule.buckets == 1 else power_of_2(-(-layout.group_size // rule.stride))
     block = max(BLOCK, samples)
     work = values.new_empty(groups * (2 * programs + rule.buckets - 1), dtype=torch.float32)
     _touching_ranges(
         (groups, rule.buckets - 1 + programs),
-        (values, work, message.tickets, *outputs),
+        (values, work, found.message.tickets, *found.tensors),
         (*sizes_of(layout), rule.stride),
         {
             "BUCKETS": rule.buckets,
@@ -157,50 +153,72 @@ def _launch_touching_ranges(
         num_warps=warps_of(block),
         enable_fp_fusion=False,
     )
+    return found
 
 
-def _launch_column_ranges(
-    values: Tensor, layout: Layout, rule: RangeRule, levels: int, message: _Message, outputs: tuple[Tensor, ...]
-) -> None:
-    rows, columns = layout.outer, layout.groups
+def _launch_column_ranges(values: Tensor, layout: Layout, rule: RangeRule, levels: int) -> _Found:
+    rows, columns, found = layout.outer, layout.groups, _Found.of(values, layout, rule)
     blocks = -(-columns // COLUMNS)
     programs = min(-(-rows // ROWS), max(1, PROGRAMS // blocks))
     work = values.new_empty(programs * 2 * columns, dtype=torch.float32)
     _column_ranges(
         (blocks, programs),
-        (values, work, message.tickets, *outputs),
+        (values, work, found.message.tickets, *found.tensors),
         (rows, columns),
         {"LEVELS": levels, "INDEX": indexing(layout)["INDEX"], "ROWS": ROWS, "COLUMNS": COLUMNS},
         num_warps=4,
         enable_fp_fusion=False,
     )
+    return found
 
 
-def _launch_sampled_ranges(
-    values: Tensor, layout: Layout, rule: RangeRule, levels: int, message: _Message, outputs: tuple[Tensor, ...]
-) -> None:
-    block = power_of_2(layout.group_size)
+def _launch_sampled_ranges(values: Tensor, layout: Layout, rule: RangeRule, levels: int) -> _Found:
+    block, found = power_of_2(layout.group_size), _Found.of(values, layout, rule)
     _sampled_ranges(
         (layout.groups, rule.buckets),
-        (values, *outputs),
+        (values, *found.tensors),
         sizes_of(layout),
         {"BUCKETS": rule.buckets, "LEVELS": levels, **indexing(layout), "BLOCK": block},
         num_warps=max(4, warps_of(block)),
         enable_fp_fusion=False,
     )
+    return found
 
 
-def _launch_selected_ranges(
-    values: Tensor, layout: Layout, rule: RangeRule, levels: int, message: _Message, outputs: tuple[Tensor, ...]
-) -> None:
+def _launch_selected_ranges(values: Tensor, layout: Layout, rule: RangeRule, levels: int) -> _Found:
     selection = Selection.of(values, layout, Plan.between(rule, layout.group_size, values.device))
+    found = _Found.of(values, layout, rule)  # while the GPU is at work already
     _selected_ranges(
         (layout.groups, rule.buckets),
-        (selection.work, *outputs),
+        (selection.work, *found.tensors),
         (selection.words, selection.programs),
         {**selection.constants, "LEVELS": levels},
         enable_fp_fusion=False,
     )
+    return found
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Memory for the ranges, see `ranges.Ranges`, and what tells whether they are finite."""
+
+    table: Tensor
+    minima: Tensor
+    inverse: Tensor
+    message: _Message
+
+    @classmethod
+    def of(cls, values: Tensor, layout: Layout, rule: RangeRule) -> _Found:
+        """New memory."""
+        shape = (layout.groups, rule.buckets)
+        wide = values.new_empty(shape, dtype=torch.float64), values.new_empty(shape, dtype=torch.float64)
+        message = _Message.take(values.device, layout.groups)
+        return cls(values.new_empty(2, *shape, dtype=torch.float32), *wide, message)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What kernels fill."""
+        return self.table, self.minima, self.inverse, self.message.is_finite
 
 
 class _Message:

@@ -40,7 +40,8 @@ COPIED, SAMPLED = tl.constexpr(9), tl.constexpr(12)
 """The elements copied for each boundary; and those of the sample up to the low end of each bracket."""
 
 BRACKETS, WINDOWS = tl.constexpr(16), tl.constexpr(64)
-"""Low and high end of each, float32; then for each end whether it repeats."""
+"""Low and high end of each, float32; then for each end whether it repeats. An end of a bracket is an element,
+one of a window need not be: there 2 says that it repeats, 1 that it is an element at least."""
 
 PLACES = tl.constexpr(32)
 """For each of six ranks: its bin, or -1; its rank inside it; how many are in it; and the value, float32, that a
@@ -208,9 +209,8 @@ def window_kernel(
     ends = floats(work + BRACKETS)
     share = tl.load(ranks_at + end).to(tl.float64) / size
     spread = 6 * tl.sqrt(tl.maximum(samples * share * (1 - share), 0.0)) + 8
-    spread = tl.where(samples == size, 0.0, spread)
     wanted = (share * samples + tl.where(side == 0, -spread, spread)).to(tl.int32)
-    wanted -= tl.load(work + SAMPLED + boundary)
+    wanted = tl.where(samples == size, tl.load(ranks_at + end), wanted) - tl.load(work + SAMPLED + boundary)
     here = tl.load(work + KEPT + 3 * ROOM + boundary * BINS + tl.arange(0, BINS))
     found = boundary * BINS + tl.sum((tl.cumsum(here, 0) <= wanted).to(tl.int32), 0)
     is_inside = (wanted >= 0) & (wanted < tl.sum(here, 0))
@@ -228,7 +228,7 @@ def window_kernel(
     old = tl.load(ends + end)
     value = tl.where(is_inside, value, old)
     tl.store(floats(work + WINDOWS) + end, value)
-    tl.store(work + WINDOWS + 6 + end, tl.where(value == old, tl.load(work + BRACKETS + 6 + end), 0))
+    tl.store(work + WINDOWS + 6 + end, tl.where(value == old, 1 + tl.load(work + BRACKETS + 6 + end), 0))
 
 
 @triton.jit
@@ -272,7 +272,7 @@ def gather_kernel(
     low1, high1 = tl.load(ends + 2), tl.load(ends + 3)
     low2, high2 = tl.load(ends + 4), tl.load(ends + 5)
     repeats = tl.load(work + WINDOWS + 6 + tl.arange(0, 8), mask=tl.arange(0, 8) < 6, other=0)
-    repeated = tl.max(repeats, 0) > 0
+    repeated = tl.max(repeats, 0) > 1
     first = tl.load(values_at + place(group * 0, group, size, groups, inner, ONE_RUN)).to(tl.float32)
     up_to = tl.zeros((BLOCK,), tl.int32)
     high_part = tl.zeros((BLOCK,), tl.float32) + first

@@ -80,7 +80,7 @@ def locate_kernel(
     """Fills in the places of the ranks; grid (groups, 2 * boundaries)."""
     number = tl.program_id(1)
     work = work_at + tl.program_id(0).to(tl.int64) * words
-    ends, repeats, bins = floats(work + WINDOWS), work + WINDOWS + 6, work + KEPT + 3 * ROOM + 3 * BINS
+    ends, kinds, bins = floats(work + WINDOWS), work + WINDOWS + 6, work + KEPT + 3 * ROOM + 3 * BINS
     rank, lanes = tl.load(ranks_at + number), tl.arange(0, BINS)
     start0, start1 = tl.load(work + UP_TO_LOW), tl.load(work + UP_TO_LOW + 1)
     start2 = tl.load(work + UP_TO_LOW + 2)
@@ -91,13 +91,12 @@ def locate_kernel(
     found = tl.sum((sums <= offset).to(tl.int32), 0)
     before = tl.sum(tl.where(lanes < found, here, 0), 0)
     size = tl.sum(tl.where(lanes == found, here, 0), 0)
-    # In no bin: the low end, the high end, or the low end of the next bracket. An end is an element itself.
+    # In no bin: the low end, the high end, or the low end of the next window, if these are elements.
     low, high = tl.load(ends + 2 * at), tl.load(ends + 2 * at + 1)
-    after = tl.minimum(at + 1, 2)
-    is_low = (offset == -1) | ((tl.load(repeats) > 0) & (rank >= tl.load(work + BELOW_LOW)))
-    repeats_high = (tl.load(repeats + 2 * at + 1) > 0) & (rank < tl.load(work + UP_TO_HIGH + at))
-    is_high = (offset == inside) | repeats_high
-    is_next = (tl.load(repeats + 2 * after) > 0) & (rank >= tl.load(work + BELOW_LOW + after)) & (at < 2)
+    after, of_low, of_high = tl.minimum(at + 1, 2), tl.load(kinds + 2 * at), tl.load(kinds + 2 * at + 1)
+    is_low = ((offset == -1) & (of_low > 0)) | ((of_low > 1) & (rank >= tl.load(work + BELOW_LOW + at)))
+    is_high = ((offset == inside) & (of_high > 0)) | ((of_high > 1) & (rank < tl.load(work + UP_TO_HIGH + at)))
+    is_next = (tl.load(kinds + 2 * after) > 1) & (rank >= tl.load(work + BELOW_LOW + after)) & (at < 2)
     nothing = float("nan")
     beyond = tl.where(is_next, tl.load(ends + 2 * after), tl.where(is_high, high, nothing))
     value = tl.where(offset < 0, tl.where(is_low, low, nothing), beyond)

@@ -11,9 +11,11 @@ from fxsplit.compile import compile
 from fxsplit.compressors import Compressor, compressor
 from fxsplit.costs import CostTable
 from fxsplit.errors import FxsplitError
+from fxsplit.measure import calibrate
 from fxsplit.passes import rewrite
 from fxsplit.planning import Budget, Guard, Plan, Profile, plan
 from fxsplit.runtime.pipeline import Pipeline
+from fxsplit.runtime.probe import probe
 from fxsplit.runtime.torchrun import serve
 from fxsplit.snapshots import Checkpoint, Snapshots, load
 from fxsplit.split import split
@@ -32,10 +34,12 @@ __all__ = [
     "Snapshots",
     "TracedModel",
     "analyze",
+    "calibrate",
     "compile",
     "compressor",
     "load",
     "plan",
+    "probe",
     "rewrite",
     "serve",
     "split",

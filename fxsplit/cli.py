@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from fxsplit.commands import planning as options
 from fxsplit.commands.bench import bench
 from fxsplit.commands.common import errors_as_exit_status, names_in
 from fxsplit.commands.inputs import parse_inputs
+from fxsplit.commands.measuring import calibrate_command, probe_command
 from fxsplit.commands.worker import worker
 from fxsplit.costs import CostTable
 from fxsplit.errors import InputError
@@ -30,10 +31,13 @@ from fxsplit.model_source import InputShape, load_model
 from fxsplit.opening import trace_for_planning
 from fxsplit.planning import Plan, parse_devices
 from fxsplit.planning import plan as make_plan
+from fxsplit.planning.explain import explain_plan
 from fxsplit.planning.planner import GIVEN, check_choices
+from fxsplit.planning.render import Report
 from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.planning.units import format_bytes, format_macs
 from fxsplit.trace import TracedModel, check_front_end, trace
+from fxsplit.trace.traced import mode_name
 from fxsplit.trace_report import report
 
 _PLAN_PANEL, _OUTPUT_PANEL = "Plan", "Output"
@@ -181,6 +185,26 @@ _Plot = Annotated[
     ),
 ]
 
+_Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        show_default=False,
+        help="Write a page: costs with the cuts, step time against link bytes, the predicted timeline.",
+        rich_help_panel=_OUTPUT_PANEL,
+    ),
+]
+_Explain = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        metavar=" ",
+        help="Say why not the plans next to it, and what each line of the budget costs.",
+        rich_help_panel=_OUTPUT_PANEL,
+    ),
+]
+
 
 @app.command(
     epilog="Examples:\n\n"
@@ -205,11 +229,16 @@ def analyze(
     bandwidth: options.BandwidthOption = None,
     latency: options.LatencyOption = None,
     allow: options.AllowOption = None,
+    optimizer: options.OptimizerOption = "adam",
+    profile: options.ProfileOption = None,
+    links: options.LinksOption = None,
     training: _Training = True,
     verify: _Verify = True,
     as_json: _Json = False,
     save: _Save = None,
     plot: _Plot = None,
+    html: _Html = None,
+    explain: _Explain = False,
 ) -> None:
     """Show where a model would be cut, what each part computes, and what crosses each cut."""
     with errors_as_exit_status():
@@ -220,40 +249,37 @@ def analyze(
         if compressor != AUTO:
             Codecs.of(compressor, gradient_compressor, len(placements) - 1)
         chosen: dict[str, Any] = {
-            "chunks": options.read_chunks(chunks),
-            "budget": options.read_budget(budget, bandwidth, latency),
-            "price": options.read_prices(price),
-            "guard": options.read_guard(allow),
-        }
-        check_choices(schedule, placement, objective)
-        if plot is not None:
+            "cuts": names, "compressor": compressor, "gradient_compressor": gradient_compressor,
+            "chunks": options.read_chunks(chunks), "schedule": schedule, "placement": placement,
+            "budget": options.read_budget(budget, bandwidth, latency), "guard": options.read_guard(allow),
+            "objective": objective, "price": options.read_prices(price), "optimizer": optimizer,
+        }  # fmt: skip
+        check_choices(schedule, placement, objective, optimizer)
+        measured = options.Measured.read(profile, links, names_in(devices))
+        if plot is not None or html is not None:
             from fxsplit import plots  # matplotlib takes a while to import, and only a picture needs it
+            from fxsplit.page import check_page_path, save_page
 
+            check_page_path(html)
             plots.check_picture_path(plot)
         # Whatever the model's own code prints, standard output is for the result alone.
         with redirect_stdout(sys.stderr), Console(stderr=True).status(f"analyzing {model}"):
             _, costs, notes = _traced_costs_of(model, shapes, names, training, verify)
             _check_chunks(chosen["chunks"], costs.batch_size)
-            plan = make_plan(
-                costs,
-                names_in(devices),
-                cuts=names,
-                compressor=compressor,
-                gradient_compressor=gradient_compressor,
-                schedule=schedule,
-                placement=placement,
-                objective=objective,
-                **chosen,
-            )
+            chosen["profile"] = measured.of(costs)
+            plan = make_plan(costs, names_in(devices), **chosen)
+            reasons = explain_plan(costs, plan, names_in(devices), chosen) if explain else None
             if save is not None:
                 plan.save(save)
             if plot is not None:
                 plots.save_picture(costs, plan, plot)
-        mode = "train" if training else "eval"
+            if html is not None:
+                save_page(costs, plan, chosen["budget"], chosen["profile"], html)
         if as_json:
-            print(json.dumps({**summary(costs, plan), "mode": mode, "notes": notes}, indent=2))
-        else:
-            _print_plan(costs, plan, mode, notes, plot)
+            print(json.dumps({**summary(costs, plan), "mode": mode_name(training), "notes": notes}, indent=2))
+            return
+        _print_plan(costs, plan, mode_name(training), notes)
+        _print_more(reasons, {"picture": plot, "page": html})
 
 
 @app.command(
@@ -282,6 +308,8 @@ def trace_command(
 
 app.command()(worker)
 app.command()(bench)
+app.command("calibrate")(calibrate_command)
+app.command("probe")(probe_command)
 
 
 def _traced_costs_of(
@@ -337,10 +365,11 @@ def summary(costs: CostTable, plan: Plan) -> dict[str, Any]:
         "chunks": plan.chunks,
         "predicted_step_s": plan.predicted_step_s,
         "is_optimal": plan.is_optimal,
+        "alternatives": [asdict(each) for each in plan.alternatives],
     }
 
 
-def _print_plan(costs: CostTable, plan: Plan, mode: str, notes: Sequence[str], plot: Path | None) -> None:
+def _print_plan(costs: CostTable, plan: Plan, mode: str, notes: Sequence[str]) -> None:
     console = Console(highlight=False)
     console.print(plan if console.is_terminal else Text(str(plan)), soft_wrap=not console.is_terminal)
     totals = (
@@ -350,5 +379,14 @@ def _print_plan(costs: CostTable, plan: Plan, mode: str, notes: Sequence[str], p
     console.print(Text(totals), soft_wrap=True)
     for note in notes:
         console.print(Text(f"note: {note}", "yellow"), soft_wrap=True)
-    if plot is not None:
-        console.print(Text(f"picture: {plot}"), soft_wrap=True)
+
+
+def _print_more(reasons: Report | None, files: Mapping[str, Path | None]) -> None:
+    """What was asked for beside the plan."""
+    console = Console(highlight=False)
+    if reasons is not None:
+        console.print()
+        console.print(reasons.table() if console.is_terminal else Text(reasons.text()), soft_wrap=True)
+    for what, path in files.items():
+        if path is not None:
+            console.print(Text(f"{what}: {path}"), soft_wrap=True)

@@ -57,6 +57,7 @@ def compile(
     placement: str = GIVEN,
     guard: Guard | None = None,
     profile: Profile | None = None,
+    optimizer: str = "adam",
     plan: Plan | str | None = None,
     schedule: str = "gpipe",
     transport: str = "rpc",
@@ -89,7 +90,9 @@ def compile(
         placement: "given", every device of the list gets a stage; or "auto", which needs `example_inputs`: all but
             the client's may be left out, and the client may send the inputs as they are and compute nothing.
         guard: what `compressor="auto"` may choose from.
-        profile: measured speeds of devices and codecs; what is not in it is estimated.
+        profile: measured speeds of devices and codecs; what is not in it is estimated. If not given, what
+            `fxsplit calibrate` has kept of this model, for the devices of this host.
+        optimizer: whose state counts in the budget's memory: "sgd", "momentum" or "adam".
         plan: a saved plan, or the path of one, instead of `cuts`, `compressor`, `chunks` and `schedule`.
         schedule: the order of work of `pipe.step`: "gpipe"; "1f1b" and "interleaved", which keep no more
             micro-batches than stages; "zero-bubble"; or "auto", which is made for the times that were measured.
@@ -153,7 +156,8 @@ def compile(
     _check_shared_devices(placements, transport)
     options: dict[str, Any] = {"cuts": cuts, "chunks": chunks, "schedule": schedule, "budget": budget}
     options |= {**asked, "placement": placement, "guard": guard, "profile": profile}
-    builder = _Builder(model, placements, plan, options, verify, deferred_batch_norm)
+    options["optimizer"] = optimizer
+    builder = _Builder(model, placements, plan, options, verify, deferred_batch_norm, listen is None)
     built = None if example_inputs is None else builder(Arguments.of(example_inputs), None, False)
     count = built.plan.chunks if built is not None else int(chunks)
     if built is not None and len(built.plan.devices) != len(placements):
@@ -174,6 +178,7 @@ class _Builder:
         options: of the planner.
         verify: whether trace and split are compared with the model.
         deferred: whether batch norm layers defer their statistics.
+        is_local: whether named workers are processes of this host, too.
         inserted: the modules of learned compressors, which all recordings of the model share.
     """
 
@@ -183,6 +188,7 @@ class _Builder:
     options: dict[str, Any]
     verify: bool
     deferred: bool
+    is_local: bool = True
     inserted: InsertedModules = field(default_factory=InsertedModules)
 
     def __call__(self, arguments: Arguments, first: Plan | None, exact: bool) -> Built:
@@ -218,9 +224,15 @@ class _Builder:
         costs = analyze(traced, example)
         devices = tuple(placement.spelling for placement in self.placements)
         if self.plan is None:
-            return traced, make_plan(costs, devices, **self.options)
+            return traced, make_plan(costs, devices, **{**self.options, "profile": self._profile(costs)})
         _check_plan(self.plan, costs, devices)
         return traced, self.plan
+
+    def _profile(self, costs: CostTable) -> Profile:
+        """The one that was given, or what was measured of the model on this host before."""
+        given: Profile | None = self.options["profile"]
+        is_here = [p.spelling for p in self.placements if self.is_local or not p.is_named]
+        return Profile.kept(costs, is_here) if given is None else given
 
 
 def _on_model(model: nn.Module, example: Arguments, client: str) -> Arguments:

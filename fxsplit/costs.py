@@ -62,6 +62,14 @@ class NodeCost:
         """Floating point operations of its backward."""
         return 2 * self.backward_macs
 
+    def static_bytes(self, states: int | None) -> int:
+        """Bytes that stay from step to step: parameters, buffers, gradients and `states` of an optimizer.
+
+        For inference, which has neither gradients nor an optimizer, `states` is None.
+        """
+        trained = 0 if states is None else self.trainable_bytes + self.optimizer_bytes(states)
+        return self.parameter_bytes + trained
+
     def optimizer_bytes(self, states: int) -> int:
         """Bytes of an optimizer that keeps `states` tensors for each parameter: 0 SGD, 1 momentum, 2 Adam."""
         return states * self.trainable_bytes

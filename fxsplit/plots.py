@@ -19,8 +19,8 @@ from fxsplit.errors import FxsplitError, nearest
 from fxsplit.planning import Plan
 from fxsplit.planning.units import format_bytes, format_macs, format_seconds
 
-_COLORS = ("#3b6fb6", "#2e9e6b", "#c9812a", "#8a5fb0", "#b84a5a", "#4a8f9e", "#7d7d3c", "#6b6b6b")
-_INK, _CUT = "#2b2b2b", "#c0392b"
+COLORS = ("#3b6fb6", "#2e9e6b", "#c9812a", "#8a5fb0", "#b84a5a", "#4a8f9e", "#7d7d3c", "#6b6b6b")
+INK, CUT = "#2b2b2b", "#c0392b"
 _SHADE = 0.09
 _HEIGHT = 6.6
 _INCHES_PER_LETTER = 0.078
@@ -29,12 +29,14 @@ _BOX, _BEND = 0.6, 0.3  # of the header's height: the lower edge of the boxes, a
 _MARGINS = {"left": 0.075, "right": 0.985, "top": 0.93, "hspace": 0.09}
 
 
-def check_picture_path(path: Path) -> None:
+def check_picture_path(path: Path | None) -> None:
     """Refuses a path where no picture can be written, before any work is done for it.
 
     Raises:
         FxsplitError: the folder does not exist, the path is a folder, or the format is not known.
     """
+    if path is None:
+        return
     formats = sorted(FigureCanvasAgg.get_supported_filetypes())
     if not path.parent.is_dir():
         raise FxsplitError(
@@ -87,10 +89,10 @@ def draw(costs: CostTable, plan: Plan) -> Figure:
         for color, (start, end) in zip(colors, pairwise(bounds), strict=True):
             axes.axvspan(start, end, color=color, alpha=_SHADE, linewidth=0)
         for position in bounds[1:-1]:
-            axes.axvline(position, color=_CUT, linewidth=1.2, zorder=4)
+            axes.axvline(position, color=CUT, linewidth=1.2, zorder=4)
         axes.grid(axis="y", color="#d9d9d9", linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.tick_params(labelsize=8, colors=_INK)
+        axes.tick_params(labelsize=8, colors=INK)
         axes.spines[["top", "right"]].set_visible(False)
     macs.tick_params(axis="x", length=0)
     _draw_macs(macs, costs, colors, bounds)
@@ -116,7 +118,7 @@ def _draw_title(figure: Figure, costs: CostTable, plan: Plan) -> None:
         f"compressor {plan.compressor}",
         f"predicted step {format_seconds(plan.predicted_step_s)}",
     )
-    style: dict[str, Any] = {"color": _INK, "va": "center"}
+    style: dict[str, Any] = {"color": INK, "va": "center"}
     figure.text(_MARGINS["left"], 0.965, plan.model, fontsize=13, weight="bold", **style)
     figure.text(_MARGINS["right"], 0.965, "  ·  ".join(facts), fontsize=9, ha="right", **style)
 
@@ -124,7 +126,7 @@ def _draw_title(figure: Figure, costs: CostTable, plan: Plan) -> None:
 def _worker_colors(plan: Plan) -> list[str]:
     """One colour a stage; stages of one worker have the same."""
     workers = list(dict.fromkeys(plan.workers))
-    return [_COLORS[workers.index(worker) % len(_COLORS)] for worker in plan.workers]
+    return [COLORS[workers.index(worker) % len(COLORS)] for worker in plan.workers]
 
 
 def _draw_macs(axes: Axes, costs: CostTable, colors: Sequence[str], bounds: Sequence[int]) -> None:
@@ -135,7 +137,7 @@ def _draw_macs(axes: Axes, costs: CostTable, colors: Sequence[str], bounds: Sequ
         axes.bar([start + 0.5 + i for i in range(len(heights))], heights, width, color=color, zorder=3)
     axes.set_ylim(0, 1.08 * max([node.forward_macs for node in costs.nodes], default=1) or 1)
     axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.set_ylabel("MACs of a node", fontsize=9, color=_INK)
+    axes.set_ylabel("MACs of a node", fontsize=9, color=INK)
 
 
 def _draw_crossing(axes: Axes, costs: CostTable, plan: Plan, bounds: Sequence[int]) -> None:
@@ -145,7 +147,7 @@ def _draw_crossing(axes: Axes, costs: CostTable, plan: Plan, bounds: Sequence[in
     axes.set_yscale("log")
     edges = [max(0.0, i - 0.5) for i in range(len(crossing))] + [float(len(costs))]
     heights = [max(count, floor) for count in crossing]
-    axes.stairs(heights, edges, color=_INK, linewidth=1.3, baseline=None, zorder=3)
+    axes.stairs(heights, edges, color=INK, linewidth=1.3, baseline=None, zorder=3)
     sent = [cut.wire_bytes for cut in plan.cuts if cut.wire_bytes]
     low, high = min([floor, *sent]), max([*heights, *sent])
     top = math.log10(high) + 0.35
@@ -153,16 +155,16 @@ def _draw_crossing(axes: Axes, costs: CostTable, plan: Plan, bounds: Sequence[in
     for position, cut in zip(bounds[1:-1], plan.cuts, strict=True):
         if not cut.wire_bytes:
             continue
-        axes.plot([position], [cut.raw_bytes], "o", color=_CUT, markersize=6, zorder=6)
+        axes.plot([position], [cut.raw_bytes], "o", color=CUT, markersize=6, zorder=6)
         if cut.wire_bytes != cut.raw_bytes:
             head = "-|>,head_width=0.3,head_length=0.6"
-            arrow = {"arrowstyle": head, "color": _CUT, "linewidth": 2.4, "shrinkA": 0, "shrinkB": 0}
+            arrow = {"arrowstyle": head, "color": CUT, "linewidth": 2.4, "shrinkA": 0, "shrinkB": 0}
             before, after = (position, cut.raw_bytes), (position, cut.wire_bytes)
             axes.annotate("", xy=after, xytext=before, arrowprops=arrow, zorder=6)
     axes.yaxis.set_major_locator(LogLocator(numticks=8))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(EngFormatter(unit="B", sep=" "))
-    axes.set_ylabel("bytes that cross", fontsize=9, color=_INK)
+    axes.set_ylabel("bytes that cross", fontsize=9, color=INK)
 
 
 def bytes_across(costs: CostTable) -> list[int]:
@@ -204,14 +206,14 @@ def _draw_header(axes: Axes, plan: Plan, colors: Sequence[str], bounds: Sequence
         style: dict[str, Any] = {"x": (left + right) / 2, "ha": "center", "va": "center", "color": "white"}
         axes.text(y=0.88, s=_fit(f"{part.stage}: {device}", letters - 3), weight="bold", **style)
         axes.text(y=0.71, s=_fit(work, letters), fontsize=9, **style)
-    box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": _CUT, "linewidth": 1.0}
+    box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": CUT, "linewidth": 1.0}
     for cut, line in zip(plan.cuts, lines[1:-1], strict=True):
-        axes.plot(*zip(*line, strict=True), color=_CUT, linewidth=1.2, zorder=4)
+        axes.plot(*zip(*line, strict=True), color=CUT, linewidth=1.2, zorder=4)
         sent = format_bytes(cut.raw_bytes)
         if cut.wire_bytes != cut.raw_bytes:
             sent += f" → {format_bytes(cut.wire_bytes)}"
         text = f"{_fit(cut.name, letters - 2)}\n{sent}"
-        axes.text(line[0][0], 0.37, text, fontsize=8.5, ha="center", va="center", color=_INK, bbox=box, zorder=5)
+        axes.text(line[0][0], 0.37, text, fontsize=8.5, ha="center", va="center", color=INK, bbox=box, zorder=5)
 
 
 def _fit(text: str, letters: int) -> str:

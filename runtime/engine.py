@@ -67,6 +67,7 @@ class Engine(Group):
         """Gives every worker its stages."""
         self._split, self._plan = split, plan
         self.metrics.stage_count = len(plan.workers)
+        self.metrics.predicted_step_s = plan.predicted_step_s
         self.scheduler = Scheduler(plan)
         modes = split.boundaries.keys()
         guarded = {m for m in modes if any(stage.ports(m).graph.is_guarded for stage in split.stages)}

@@ -84,6 +84,7 @@ class Metrics:
         live_micro_batches: the same by stage, in micro-batches.
         stage_bytes: by stage: what one micro-batch keeps.
         stage_count: of the pipeline.
+        predicted_step_s: seconds of a training step as the plan predicted it; None where there is no plan.
         reports: the latest, for `Pipeline.trace`.
     """
 
@@ -99,6 +100,7 @@ class Metrics:
     live_micro_batches: dict[int, int] = field(default_factory=dict)
     stage_bytes: dict[int, int] = field(default_factory=dict)
     stage_count: int = 0
+    predicted_step_s: float | None = None
     reports: deque[tuple[str, list[Span]]] = field(default_factory=lambda: deque(maxlen=KEPT_REPORTS))
 
     def reset(self) -> None:
@@ -168,6 +170,11 @@ class Metrics:
         return self.total_s / self.calls if self.calls else 0.0
 
     @property
+    def over_predicted(self) -> float | None:
+        """Measured seconds of a batch over the predicted seconds of a training step; None without either."""
+        return self.batch_s / self.predicted_step_s if self.predicted_step_s and self.calls else None
+
+    @property
     def samples_per_s(self) -> float:
         """Throughput."""
         return self.samples / self.total_s if self.total_s else 0.0
@@ -186,6 +193,9 @@ class Metrics:
 
     def _link_table(self) -> Table:
         rate = f", {self.samples_per_s:.1f} samples/s" if self.total_s else ""
+        if (ratio := self.over_predicted) is not None and self.predicted_step_s is not None:
+            rate += f", {format_seconds(self.batch_s)} a batch"
+            rate += f" (step predicted {format_seconds(self.predicted_step_s)}, {ratio:.2f} times that)"
         table = Table(title=f"{self.calls} calls, {self.samples} samples, {format_seconds(self.total_s)}{rate}")
         for column in ("link", "carries", "raw", "wire", "ratio", "packets", "average/s", "peak/s"):
             table.add_column(column, justify="left" if column in ("link", "carries") else "right")

@@ -9,10 +9,8 @@ from dataclasses import replace
 
 from fxsplit.errors import PlanError
 from fxsplit.planning import Plan
-from fxsplit.planning.parts import is_local
-from fxsplit.planning.predict import Link
 from fxsplit.runtime.report import Span
-from fxsplit.schedules import Hop, Orders, StageTimes, Timeline, Times, check, schedule
+from fxsplit.schedules import Hop, Orders, Timeline, Times, check, schedule
 
 
 class Scheduler:
@@ -27,7 +25,7 @@ class Scheduler:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.times = predicted_times(plan)
+        self.times = plan.times
         self._schedule = schedule(plan.schedule)
         self._steps = 0
         self._made: tuple[Orders, Timeline] | None = None
@@ -77,30 +75,6 @@ class Scheduler:
                     )
             self._made = orders, timeline
         return self._made
-
-
-def predicted_times(plan: Plan) -> Times:
-    """What the plan assumes, for one micro-batch."""
-    chunks, link = plan.chunks, Link()
-    stages = tuple(
-        StageTimes(
-            part.forward_s / chunks,
-            (part.step_s - part.forward_s) / 2 / chunks,
-            (part.step_s - part.forward_s) / 2 / chunks,
-            max(1, part.memory_bytes - 2 * part.parameter_bytes) // chunks,
-        )
-        for part in plan.parts
-    )
-    sent: defaultdict[tuple[int, int], list[int]] = defaultdict(lambda: [0, 0])
-    for edge in plan.edges:
-        if edge.source >= 0 and edge.target < len(stages) and not is_local(edge.source, edge.target, plan.workers):
-            sent[edge.source, edge.target][0] += edge.wire_bytes
-            sent[edge.source, edge.target][1] += edge.gradient_wire_bytes
-    forward, backward = (
-        {pair: Hop(0.0, both[i] / chunks / link.bytes_per_s, link.latency_s) for pair, both in sent.items()}
-        for i in (0, 1)
-    )
-    return Times(stages, forward, backward)
 
 
 def measured_times(before: Times, spans: Iterable[Span]) -> Times:

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import torch
 from torch._C._distributed_c10d import Store
 
+from fxsplit.allocator import keep_memory
 from fxsplit.errors import WorkerError
-from fxsplit.runtime.allocator import keep_memory
 from fxsplit.runtime.handshake import interface_of
 from fxsplit.runtime.join import JoinedStore, end_with_client, join
 from fxsplit.runtime.pulse import Pulse

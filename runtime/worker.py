@@ -71,6 +71,7 @@ class Worker:
             "state": self.state,
             "clock": time.perf_counter,
             "count_memory": self.count_memory,
+            "echo": lambda _, reply_bytes: torch.zeros(reply_bytes, dtype=torch.uint8),  # of `probe`
             **self._parameters.commands,
             **self._imitation.commands,
             **self._keeper.commands,

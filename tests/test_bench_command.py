@@ -39,9 +39,12 @@ def test_it_runs_measures_and_draws(model_file: Path, tmp_path: Path) -> None:
         "--compressor",
         "uniform8",
     ]
-    result = CliRunner().invoke(app, [*arguments, "--plot", str(picture), "--trace", str(trace)])
+    arguments += ["--plot", str(picture), "--trace", str(trace)]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    assert "3 calls, 24 samples" in result.output and "3 steps: median" in result.output
+    assert "3 calls, 24 samples" in result.output and "3 steps each: median" in result.output
+    assert "the plan: 2" in result.output and "measured / predicted" in result.output
+    assert "cut 2 " in result.output or "micro-batches" in result.output or "no compression" in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert {event["ph"] for event in json.loads(trace.read_text())["traceEvents"]} == {"M", "X"}
 

@@ -42,7 +42,7 @@ def test_limits_are_asked_for_by_name() -> None:
         2**31,
     )
     assert FULL.link_limit is None and FULL.cut_limits == {"m1": 8_000_000}
-    assert (FULL.bandwidth_bytes_per_s, FULL.latency_s, FULL.step_time_s) == (6.25e6, 0.02, 0.4)
+    assert (FULL.bandwidth, FULL.latency, FULL.step_time_s) == (6.25e6, 0.02, 0.4)
     assert Budget(link_bytes="1kB").link_limit == 1000 and Budget(link_bytes="1kB").cut_limits == {}
 
 
@@ -93,7 +93,8 @@ def test_json_round_trip(lines: dict[str, Any]) -> None:
         ({"macs": {"": 3}}, "macs has a key that is no name"),
         ({"macs": {3: 3}}, "macs has a key that is no name"),
         ({"macs": ["1e9"]}, "macs is not a quantity"),
-        ({"bandwidth": {"cpu": 3}}, "bandwidth is not a quantity"),
+        ({"bandwidth": [3]}, "bandwidth is not a quantity"),
+        ({"bandwidth": {"cpu": 0}}, "bandwidth of cpu must be more than zero"),
         ({"bandwidth": 0}, "bandwidth must be more than zero"),
         ({"step_time": "0s"}, "step_time must be more than zero"),
         ({"latency": "fast"}, "latency does not begin with a number"),

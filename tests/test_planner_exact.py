@@ -18,8 +18,8 @@ from fxsplit.planning.devices import parse_devices
 from fxsplit.planning.draft import Draft
 from fxsplit.planning.guard import Guard
 from fxsplit.planning.limits import violations
-from fxsplit.planning.planner import _codecs, _objective, plan
-from fxsplit.planning.predict import Link
+from fxsplit.planning.links import Links
+from fxsplit.planning.planner import OPTIMIZERS, _codecs, _objective, plan
 from fxsplit.planning.problem import Problem
 from fxsplit.planning.profile import CodecSpeed, NodeSeconds, Profile
 from fxsplit.planning.stages import Codecs
@@ -136,7 +136,11 @@ def case(seed: int) -> tuple[CostTable, list[str], dict[str, Any], dict[str, Any
     }
     if options["chunks"] == "auto" and is_auto:
         options["chunks"] = 2
-    links = {"bandwidth": 10.0 ** draw.randint(5, 9), "latency": draw.choice([0.0, 1e-4, 1e-2])}
+    options["optimizer"] = draw.choice(list(OPTIMIZERS))
+    links: dict[str, Any] = {"bandwidth": 10.0 ** draw.randint(5, 9), "latency": draw.choice([0.0, 1e-4, 1e-2])}
+    if len(devices) > 1 and draw.random() < 0.3:
+        links["bandwidth"] = {devices[1]: 1e6, f"client -> {devices[1]}": 1e7}
+        links["latency"] = {devices[0]: 1e-2}
     return costs, devices, options, links
 
 
@@ -145,11 +149,12 @@ def problem_of(costs: CostTable, devices: list[str], options: dict[str, Any], bu
     there, back = _codecs(
         options["compressor"], options["gradient_compressor"], len(devices) - 1, options["guard"]
     )
+    placements = parse_devices(devices)
     chunks = (1, 2, 3, 4, 6, 8) if options["chunks"] == "auto" else (options["chunks"],)
     return Problem(
-        costs, parse_devices(devices), there, back, Link.of(budget), chunks, budget, options["schedule"],
+        costs, placements, there, back, Links.of(budget, placements), chunks, budget, options["schedule"],
         _objective(options["objective"], options["price"], devices), options["profile"],
-        options["placement"] == "auto",
+        options["placement"] == "auto", states=OPTIMIZERS[options["optimizer"]],
     )  # fmt: skip
 
 

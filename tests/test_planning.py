@@ -102,7 +102,8 @@ def test_a_sandwich_by_hand() -> None:
     server = found.parts[1]
     assert (server.device, server.modules, server.macs) == ("server/cuda", ("m1", "m2"), 10**9)
     assert server.parameter_bytes == 200
-    assert server.memory_bytes == 2 * 200 + 4 * 8 * (500 + 100) + 32000  # weights, outputs, what it receives
+    # weights, gradients and Adam's two tensors; outputs, what it receives
+    assert server.memory_bytes == 4 * 200 + 4 * 8 * (500 + 100) + 32000
     assert server.forward_s == pytest.approx(10**9 / 5e12 + 2e-5)  # an estimate of each operation
     assert server.step_s == pytest.approx(3 * 10**9 / 5e12 + 4e-5)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fxsplit
 from fxsplit.costs import CostTable, NodeCost, Value
 from fxsplit.planning import parse_devices
-from fxsplit.planning.predict import Link
+from fxsplit.planning.links import Link, Links
 from fxsplit.planning.recompute import Flow, Needs, Uses, least_needs
 from fxsplit.spec import TensorSpec
 from fxsplit.trace.effects import is_repeatable
@@ -192,7 +192,7 @@ def test_the_choice_is_the_cheapest() -> None:
         costs = random_costs(seed)
         stage_of = [0] * (len(costs) - 1) + [1]
         flow = Flow(costs)
-        needs = least_needs(costs, placements, stage_of, link)[1]
+        needs = least_needs(costs, placements, stage_of, Links(link))[1]
         used = Uses.of(costs, 1, stage_of)
         cheap = [
             v.name for v in costs.values

@@ -20,6 +20,7 @@ import fxsplit
 from fxsplit.costs import CostTable, NodeCost, Value
 from fxsplit.opening import trace_for_planning
 from fxsplit.planning import Budget
+from fxsplit.planning.explain import timeline_of
 from fxsplit.spec import TensorSpec
 from fxsplit.trace import Arguments
 
@@ -73,7 +74,8 @@ def main() -> None:
         start = time.perf_counter()
         costs = fxsplit.analyze(traced, batch)
         analyzed = time.perf_counter() - start
-        for devices, schedule in [*cases, (cases[0][0], "interleaved"), (cases[0][0], "auto")]:
+        others = [(cases[0][0], each) for each in ("interleaved", "zero-bubble", "auto")]
+        for devices, schedule in [*cases, *others]:
             options: dict[str, Any] = {
                 "compressor": "auto",
                 "guard": GUARD,
@@ -102,6 +104,21 @@ def main() -> None:
         optimal = "yes" if plan.is_optimal else f"within {plan.gap:.1%}"
         row = f"{count} | {median:.2f} | {least:.2f} | {most:.2f} | {1e6 * median / count:.0f} | {optimal}"
         print(f"| {row} |", flush=True)
+    print("\n| devices | nodes | micro-batches | plan s | simulation s | predicted step s |")
+    print("|--:|--:|--:|--:|--:|--:|")
+    for count in (10, 100, 1000):
+        print(f"| {many_devices(count)} |", flush=True)
+
+
+def many_devices(count: int, chunks: int = 64) -> str:
+    """A chain of twice as many nodes over machines that are not there: planned, and its step simulated, once."""
+    costs, devices = chain(2 * count), ["cpu", *(f"worker{index}/cuda" for index in range(1, count))]
+    start = time.perf_counter()
+    plan = fxsplit.plan(costs, devices, chunks=chunks)
+    planned = time.perf_counter()
+    step_s = timeline_of(plan).step_s
+    simulated = time.perf_counter()
+    return f"{count} | {2 * count} | {chunks} | {planned - start:.2f} | {simulated - planned:.2f} | {step_s:.3f}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,17 +12,28 @@ import torch
 import typer
 from rich.console import Console, Group
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxsplit.analyze import analyze
+from fxsplit.commands import planning as options
 from fxsplit.commands.common import errors_as_exit_status, names_in
 from fxsplit.commands.inputs import parse_inputs
 from fxsplit.compile import compile
+from fxsplit.costs import CostTable
 from fxsplit.errors import InputError
 from fxsplit.model_source import load_model
+from fxsplit.opening import trace_for_planning
+from fxsplit.planning import Plan
+from fxsplit.planning import plan as make_plan
+from fxsplit.planning.neighbours import neighbours as next_to
 from fxsplit.planning.units import format_seconds
 from fxsplit.runtime.pipeline import Pipeline
+from fxsplit.schedules import schedule as find_schedule
+from fxsplit.trace import Arguments
+from fxsplit.trace import trace as trace_model
 
 WARM_UP = 2
 
@@ -40,12 +53,24 @@ def bench(
     listen: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Wait there for named workers to join.")
     ] = None,
+    saved: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="Run this one, in place of --devices, --cuts and the like."),
+    ] = None,
+    neighbours: Annotated[
+        int, typer.Option("--neighbours", min=0, help="Plans next to it that are run, too; none with --listen.")
+    ] = 2,
+    bandwidth: options.BandwidthOption = None,
+    latency: options.LatencyOption = None,
+    profile: options.ProfileOption = None,
+    links: options.LinksOption = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the last step.")] = None,
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the steps for Perfetto.")] = None,
 ) -> None:
     """Run training steps over the devices, and show bytes and seconds of every link, worker and stage.
 
-    The loss is the mean square of the model's floating point outputs; the optimizer is SGD.
+    The plan is run, and then the plans next to it that are predicted to be fastest: predicted beside measured. The
+    loss is the mean square of the model's floating point outputs; the optimizer is SGD.
     """
     with errors_as_exit_status():
         if plot is not None:
@@ -53,35 +78,76 @@ def bench(
 
             plots.check_picture_path(plot)
         torch.set_num_threads(threads)
+        budget = options.read_budget(None, bandwidth, latency)
+        given = None if saved is None else Plan.load(saved)
+        placed = names_in(devices) if given is None else list(given.devices)
+        measured = options.Measured.read(profile, links, placed)
+        find_schedule(schedule)
         module, example = load_model(model, parse_inputs(inputs or ()))
         console = Console(highlight=False)
-        with console.status(f"compiling {model}"):
-            pipe = compile(
-                module,
-                names_in(devices),
-                cuts=names_in(cuts) if cuts else None,
-                compressor=compressor,
-                chunks=chunks,
-                schedule=schedule,
-                example_inputs=example,
-                listen=listen,
-            )
-        with pipe:
-            seconds = _run(pipe, example, steps, console)
-            spread = f"{format_seconds(min(seconds))} to {format_seconds(max(seconds))}"
-            median = format_seconds(statistics.median(seconds))
-            console.print(Text(f"{steps} steps: median {median}, {spread}"))
-            if trace is not None:
-                pipe.trace(trace)
-                console.print(Text(f"trace: {trace}"), soft_wrap=True)
-            if plot is not None:
-                from fxsplit.commands.step_picture import save_step
-
-                save_step(pipe.events(), plot)
-                console.print(Text(f"picture: {plot}"), soft_wrap=True)
+        with console.status(f"planning {model}"):
+            names = list(given.cut_names) if given is not None else names_in(cuts) if cuts else None
+            costs = _costs(module, example, names, given)
+            speeds = measured.of(costs)
+            common: dict[str, Any] = {"compressor": compressor, "chunks": chunks, "schedule": schedule}
+            common |= {"budget": budget, "profile": speeds}
+            found = make_plan(costs, placed, cuts=names, **common) if given is None else given
+            beside = next_to(costs, found, budget=budget, profile=speeds)[: 0 if listen else neighbours]
+        plans = {"the plan": found, **{each.what: each.plan for each in beside}}
+        rows = []
+        for what, plan in plans.items():
+            with console.status(f"compiling {what}"):
+                pipe = compile(module, plan.devices, plan=plan, example_inputs=example, listen=listen)
+            with pipe:
+                rows.append((what, plan, _run(pipe, example, steps, console, is_shown=plan is found)))
+                if plan is found:
+                    _save(pipe, plot, trace, console)
+        console.print(_comparison(rows))
 
 
-def _run(pipe: Pipeline, example: Any, steps: int, console: Console) -> list[float]:
+def _costs(module: nn.Module, example: Arguments, cuts: list[str] | None, given: Plan | None) -> CostTable:
+    """What the model costs, with as many places to cut as the planner would have, and those that were named.
+
+    Raises:
+        PlanError: the plan that was given is of another model.
+    """
+    traced = trace_for_planning(module, example)
+    if given is not None:
+        given.check_fingerprint(type(module).__name__, traced.fingerprint)
+    if cuts is not None and not set(cuts) <= set(traced.primary.cut_points):
+        traced = trace_model(module, example, cuts=cuts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what has no formula; `fxsplit analyze` says so
+        return analyze(traced, example)
+
+
+def _save(pipe: Pipeline, plot: Path | None, trace: Path | None, console: Console) -> None:
+    if trace is not None:
+        pipe.trace(trace)
+        console.print(Text(f"trace: {trace}"), soft_wrap=True)
+    if plot is not None:
+        from fxsplit.commands.step_picture import save_step
+
+        save_step(pipe.events(), plot)
+        console.print(Text(f"picture: {plot}"), soft_wrap=True)
+
+
+def _comparison(rows: Sequence[tuple[str, Plan, list[float]]]) -> Table:
+    """Predicted beside measured."""
+    steps = len(rows[0][2])
+    table = Table(title=Text(f"{steps} steps each: median, least and most of a step"), title_justify="left")
+    for column in ("plan", "predicted", "measured", "least", "most", "measured / predicted"):
+        table.add_column(column, justify="left" if column == "plan" else "right")
+    for what, plan, seconds in rows:
+        median = statistics.median(seconds)
+        shown = [format_seconds(each) for each in (plan.predicted_step_s, median, min(seconds), max(seconds))]
+        ratio = f"{median / plan.predicted_step_s:.2f}" if plan.predicted_step_s else ""
+        cuts = ", ".join(plan.cut_names) or f"all on {plan.devices[0]}"
+        table.add_row(Text(f"{what}: {cuts}" if plan is rows[0][1] else what), *shown, ratio)
+    return table
+
+
+def _run(pipe: Pipeline, example: Any, steps: int, console: Console, *, is_shown: bool) -> list[float]:
     """The seconds of each step, with a table that grows meanwhile; on a terminal it is drawn anew each time."""
     optimizer = pipe.optimizer(torch.optim.SGD, lr=1e-6)
     seconds: list[float] = []
@@ -96,7 +162,7 @@ def _run(pipe: Pipeline, example: Any, steps: int, console: Console) -> list[flo
             optimizer.step()
             words = f"step {number + 1} of {steps}" if number >= 0 else "warming up"
             live.update(Group(Text(words), pipe.metrics.__rich__()), refresh=console.is_terminal)
-    if not console.is_terminal:
+    if is_shown and not console.is_terminal:
         console.print(pipe.metrics)
     return seconds
 

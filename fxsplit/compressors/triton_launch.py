@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -47,10 +48,11 @@ class Launcher:
             options: of the compilation, such as `num_warps`; the same ones at every launch with the same
                 constants, which always come in the same order.
         """
-        # Triton compiles anew for other dtypes, addresses that are not multiples of 16, and some integers.
+        # Triton compiles anew for other dtypes, addresses that are not multiples of 16, and some integers. Each
+        # thread has launches of its own, since it writes addresses into them.
         addresses = [tensor.data_ptr() for tensor in tensors]
         kinds = [(tensor.dtype, address & 15) for tensor, address in zip(tensors, addresses, strict=True)]
-        key = (tensors[0].device, grid, integers, *kinds, *constants.values())
+        key = (get_ident(), tensors[0].device, grid, integers, *kinds, *constants.values())
         launch = self._launches.get(key)
         if launch is not None and launch(addresses):
             return

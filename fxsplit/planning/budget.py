@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TypeVar
@@ -25,8 +25,9 @@ class Budget:
         memory: bytes on a device, as `Part.memory_bytes` estimates them: one limit, or device -> limit.
         link_bytes: bytes a training step moves over one link in its busier direction; or cut name -> limit of
             the bytes over that cut, if the plan cuts there.
-        bandwidth: bytes per second of every link; an assumption of the prediction, not a limit.
-        latency: seconds a message takes on every link; an assumption of the prediction, not a limit.
+        bandwidth: bytes per second of every link; or of some: device -> of all links of its worker, or
+            'cpu -> server/cuda' -> of this direction. An assumption of the prediction, not a limit.
+        latency: seconds a message takes, in the same ways. An assumption of the prediction, not a limit.
         step_time: seconds of a predicted training step.
 
     Raises:
@@ -39,16 +40,16 @@ class Budget:
     macs: Limits = None
     memory: Limits = None
     link_bytes: Limits = None
-    bandwidth: Quantity | None = None
-    latency: Quantity | None = None
+    bandwidth: Limits = None
+    latency: Limits = None
     step_time: Quantity | None = None
 
     def __post_init__(self) -> None:
         self._set("macs", _limits(self.macs, "macs", parse_count))
         self._set("memory", _limits(self.memory, "memory", parse_bytes))
         self._set("link_bytes", _limits(self.link_bytes, "link_bytes", parse_bytes))
-        self._set("bandwidth", _single(self.bandwidth, "bandwidth", parse_bandwidth))
-        self._set("latency", _single(self.latency, "latency", parse_seconds))
+        self._set("bandwidth", _limits(self.bandwidth, "bandwidth", parse_bandwidth))
+        self._set("latency", _limits(self.latency, "latency", parse_seconds))
         self._set("step_time", _single(self.step_time, "step_time", parse_seconds))
         if self.step_time == 0:
             raise BudgetError("step_time must be more than zero", found=0, allowed="more than 0 s")
@@ -83,16 +84,6 @@ class Budget:
         return {cut: int(limit) for cut, limit in limits.items()} if isinstance(limits, Mapping) else {}
 
     @property
-    def bandwidth_bytes_per_s(self) -> float | None:
-        """Assumed bytes per second of a link."""
-        return None if self.bandwidth is None else float(self.bandwidth)
-
-    @property
-    def latency_s(self) -> float | None:
-        """Assumed seconds of a message."""
-        return None if self.latency is None else float(self.latency)
-
-    @property
     def step_time_s(self) -> float | None:
         """Seconds allowed for a predicted training step."""
         return None if self.step_time is None else float(self.step_time)
@@ -121,7 +112,7 @@ class Budget:
                 raise BudgetError("unknown budget line", found=repr(name), allowed=", ".join(known))
         return cls(**data)
 
-    def check_names(self, devices: tuple[str, ...], cut_names: Mapping[str, int]) -> None:
+    def check_names(self, devices: Sequence[str], workers: Sequence[str], cut_names: Mapping[str, int]) -> None:
         """Check that every device and cut of the budget is one of the plan's.
 
         Raises:
@@ -132,10 +123,22 @@ class Budget:
                 if device not in devices:
                     known = ", ".join(dict.fromkeys(devices))
                     raise BudgetError(f"the budget's {line} names an unknown device", found=device, allowed=known)
+        for line, rates in (("bandwidth", self.bandwidth), ("latency", self.latency)):
+            for key in rates if isinstance(rates, Mapping) else ():
+                for end in ends_of(key) or (key,):
+                    if end not in devices and end not in workers:
+                        known = f"{', '.join(dict.fromkeys([*devices, *workers]))}, or two of them with '->'"
+                        raise BudgetError(f"the budget's {line} names an unknown device", found=key, allowed=known)
         for cut in self.cut_limits:
             if cut not in cut_names:
                 close = nearest(cut, cut_names)
                 raise BudgetError("the budget's link_bytes names an unknown cut", found=cut, allowed=close)
+
+
+def ends_of(key: str) -> tuple[str, str] | None:
+    """Sender and receiver of 'cpu -> server/cuda'; None for a name alone."""
+    sender, arrow, receiver = key.partition("->")
+    return (sender.strip(), receiver.strip()) if arrow else None
 
 
 def _single(value: object, name: str, parse: Callable[[Quantity, str], Number]) -> Number | None:

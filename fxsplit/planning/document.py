@@ -96,6 +96,14 @@ def number(data: object, where: str) -> float:
     return float(data)  # type: ignore[arg-type]
 
 
+def positive(data: object, where: str) -> float:
+    """A finite number of more than zero."""
+    found = number(data, where)
+    if not found:
+        refuse(where, data, "a finite number, more than 0")
+    return found
+
+
 def boolean(data: object, where: str) -> bool:
     """True or false."""
     if not isinstance(data, bool):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from fxsplit.costs import CostTable
 from fxsplit.planning.devices import Placement
 from fxsplit.planning.parts import Edge, Part
-from fxsplit.planning.predict import Outcome, outcome_of, times_of
+from fxsplit.planning.predict import Outcome, times_of
 from fxsplit.planning.problem import Problem
-from fxsplit.planning.recompute import Needs, least_needs
-from fxsplit.planning.stages import Codecs, Stages
-from fxsplit.schedules import schedule
+from fxsplit.planning.recompute import Needs
+from fxsplit.planning.stages import Codecs
+from fxsplit.schedules import Times
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Draft:
         needs: what each stage gets and computes again.
         edges: between the stages.
         parts: one a stage.
+        times: of a micro-batch.
         outcome: what is predicted.
         price_per_s: by which the seconds are weighed.
     """
@@ -40,6 +41,7 @@ class Draft:
     needs: tuple[Needs, ...]
     edges: tuple[Edge, ...]
     parts: tuple[Part, ...]
+    times: Times
     outcome: Outcome
     price_per_s: float
 
@@ -70,17 +72,15 @@ class Draft:
             CompressorError: a learned compressor does not fit what crosses a cut.
         """
         costs, placements, positions = problem.costs, tuple(placements), tuple(positions)
-        whole = Stages(costs, placements, positions)
-        needs = least_needs(costs, placements, whole.stage_of(), problem.link)
-        stages = Stages(costs, placements, positions, needs, problem.profile)
+        stages = problem.stages(placements, positions)
         edges = stages.edges(codecs)
         parts = stages.parts(edges, chunks)
         training = problem.objective.is_training
         times = times_of(
-            parts, edges, placements, problem.link, problem.profile, chunks, with_outputs=not training
+            parts, edges, placements, problem.links, problem.profile, chunks, with_outputs=not training
         )
         workers = stages.workers if training else (*stages.workers, placements[0].worker)
-        outcome = outcome_of(times, workers, chunks, schedule(problem.schedule), problem.objective)
+        outcome = problem.outcome(times, workers, chunks)
         if outcome.live != (chunks,) * len(placements):
             parts = stages.parts(edges, chunks, outcome.live)
         return cls(
@@ -89,9 +89,10 @@ class Draft:
             positions,
             codecs,
             chunks,
-            needs,
+            stages.needs,
             edges,
             parts,
+            times,
             outcome,
             problem.objective.price_per_s(placement.spelling for placement in placements),
         )

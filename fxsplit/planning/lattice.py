@@ -14,36 +14,41 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from itertools import combinations, pairwise, product
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fxsplit.compressors import Compressor, Lossless
-from fxsplit.compressors.learned import split_learned
 from fxsplit.costs import Value
 from fxsplit.errors import CompressorError
 from fxsplit.planning.bounds import FloatArray, HopBound, Work
-from fxsplit.planning.devices import CLIENT, Placement
+from fxsplit.planning.devices import CLIENT
+from fxsplit.planning.hops import (
+    EDGES,
+    FIXED,
+    GRADIENTS,
+    RAW,
+    CodecChoices,
+    IntArray,
+    Laid,
+    Least,
+    Number,
+    Pair,
+    add_hop,
+    hop_seconds,
+)
 from fxsplit.planning.limits import excess_of_count, excess_of_time, limits_by_position
 from fxsplit.planning.problem import Option, Problem
-from fxsplit.planning.profile import PACKET_S
+from fxsplit.planning.replay import actions_of, step_bound
 from fxsplit.planning.stages import Codecs
 
-IntArray = NDArray[np.int64]
 Intervals = dict[int, tuple[IntArray, IntArray]]
 """For each axis, per use of a value, the bounds of the cut's position: above the first, up to the second."""
 
-_Number = TypeVar("_Number", np.int64, np.float64)
-
-Pair = tuple[int, int]
-"""A stage that sends and one that receives; one past the last stage receives the model's outputs."""
-
 _TOO_MANY_BYTES = 2**50
+_MOST_REPLAYED = 50_000
+"""Candidates whose schedules are replayed: beyond, the bound in closed form has to do until few are left."""
 _ANYWHERE = np.iinfo(np.int64).max
-FIXED = EDGES, GRADIENTS, RAW, CODED, CODED_RAW = range(5)  # then the bytes by codec, there and back
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Lattice:
         self._workers = [placement.worker for placement in option.placements]
         nodes = problem.costs.nodes
         self._macs = prefix([node.forward_macs for node in nodes])
-        self._static = prefix([node.parameter_bytes + node.trainable_bytes for node in nodes])
+        self._static = prefix([node.static_bytes(problem.kept_states) for node in nodes])
         self._saved = prefix([node.saved_bytes for node in nodes])
         prefixes = {p: problem.prefixes(p, option.chunks) for p in option.placements}
         self._forward = {p: both[0] for p, both in prefixes.items()}
@@ -108,7 +113,7 @@ class Lattice:
         dims = len(axes)
         flows = list(self._flows(axes))
         codecs = [
-            (_Least(self._problem.forward[cut]), _Least(self._problem.backward[cut])) for cut in self._option.cuts
+            (Least(self._problem.forward[cut]), Least(self._problem.backward[cut])) for cut in self._option.cuts
         ]
         scores = self._score(axes, flows, codecs)
         shape = tuple(len(axis) for axis in axes)
@@ -124,7 +129,7 @@ class Lattice:
         axes = [np.array([position]) for position in positions]
         flows = [(s, t, sums.reshape(len(sums), *(1,) * (2 * dims))) for s, t, sums in self._flows(axes)]
         codecs = [
-            (_Laid(self._problem.forward[cut], axis), _Laid(self._problem.backward[cut], dims + axis))
+            (Laid(self._problem.forward[cut], axis), Laid(self._problem.backward[cut], dims + axis))
             for axis, cut in enumerate(self._option.cuts)
         ]
         wide = [axis.reshape((1,) * 2 * dims) for axis in axes]
@@ -134,7 +139,7 @@ class Lattice:
         return Scores(*(np.broadcast_to(a, shape).astype(np.float64) for a in (scores.bound, scores.excess)))
 
     def _score(
-        self, axes: Sequence[IntArray], flows: Sequence[tuple[int, int, IntArray]], codecs: _Codecs
+        self, axes: Sequence[IntArray], flows: Sequence[tuple[int, int, IntArray]], codecs: CodecChoices
     ) -> Scores:
         problem, option = self._problem, self._option
         stages = len(option.placements)
@@ -158,8 +163,8 @@ class Lattice:
                 hop_seconds(problem, option.chunks, sums, GRADIENTS, w, c, ends[1], ends[0])
                 for w, c in zip(grads, problem.codecs_back, strict=True)
             ]
-            _add(there, (max(source, 0), target), hops, choose)
-            _add(back, (max(source, 0), target), rows, choose_back)
+            add_hop(there, (max(source, 0), target), hops, choose)
+            add_hop(back, (max(source, 0), target), rows, choose_back)
         work = Work(
             self._workers,
             [self._between_cuts(self._forward[p], s, axes) for s, p in enumerate(option.placements)],
@@ -167,7 +172,7 @@ class Lattice:
             there,
             back,
         )
-        seconds = work.bound(option.chunks, problem.rules, problem.objective)
+        seconds = self._seconds(work)
         excess = np.array(-1.0)
         received: dict[int, IntArray] = defaultdict(lambda: np.zeros((), np.int64))
         for _, target, sums in flows:
@@ -177,6 +182,15 @@ class Lattice:
         if problem.budget.step_time_s is not None:
             excess = np.maximum(excess, excess_of_time(seconds, problem.budget.step_time_s))
         return Scores(seconds * problem.objective.price_per_s(p.spelling for p in option.placements), excess)
+
+    def _seconds(self, work: Work) -> FloatArray:
+        """The objective's time at least."""
+        problem, chunks = self._problem, self._option.chunks
+        bound = work.bound(chunks, problem.rules, problem.objective)
+        if problem.objective.is_training and not problem.rules.has_phases and bound.size <= _MOST_REPLAYED:
+            actions = actions_of(problem.schedule, tuple(self._workers), chunks)
+            bound = np.maximum(bound, step_bound(actions, work))
+        return bound
 
     def _excesses(
         self,
@@ -237,7 +251,7 @@ class Lattice:
                 intervals = _maker_in(self._outputs, source, stages)
                 yield source, stages, _sums(axes, intervals, self._outputs.weights)
 
-    def _between_cuts(self, sums: NDArray[_Number], stage: int, axes: Sequence[IntArray]) -> NDArray[_Number]:
+    def _between_cuts(self, sums: NDArray[Number], stage: int, axes: Sequence[IntArray]) -> NDArray[Number]:
         """The sum over the nodes of a stage, from sums over all nodes before each."""
         if axes and axes[0].ndim > 1:
             end = sums[axes[stage]] if stage < len(axes) else sums[-1]
@@ -248,76 +262,12 @@ class Lattice:
         return end - start
 
 
-_Hop = tuple[FloatArray, FloatArray, FloatArray, FloatArray]
-
-
-@dataclass(frozen=True)
-class _Least:
-    """The least over the codecs that may be chosen."""
-
-    allowed: tuple[int, ...]
-
-    def __call__(self, arrays: Sequence[NDArray[_Number]]) -> NDArray[_Number]:
-        return reduce(np.minimum, [arrays[codec] for codec in self.allowed])
-
-
-@dataclass(frozen=True)
-class _Laid:
-    """The codecs that may be chosen, laid along an axis of their own."""
-
-    allowed: tuple[int, ...]
-    axis: int
-
-    def __call__(self, arrays: Sequence[NDArray[_Number]]) -> NDArray[_Number]:
-        return np.concatenate([arrays[codec] for codec in self.allowed], self.axis)
-
-
-_Choice = _Least | _Laid
-_Codecs = Sequence[tuple[_Choice, _Choice]]
-
-
-def hop_seconds(
-    problem: Problem,
-    chunks: int,
-    sums: IntArray,
-    count: int,
-    wire: IntArray,
-    codec: Compressor,
-    sender: Placement,
-    receiver: Placement,
-) -> _Hop:
-    """Encoder, link, decoder and latency for one micro-batch with one codec."""
-    profile, link = problem.profile, problem.link
-    fixed = PACKET_S * sums[count]
-    is_sent = sums[count] > 0
-    encode, decode = fixed, np.zeros_like(fixed)
-    rest = split_learned(codec)[1]
-    if not isinstance(codec, Lossless):
-        there, here = profile.codec(rest, sender.device_type), profile.codec(rest, receiver.device_type)
-        raw = sums[CODED_RAW] / chunks
-        encode = encode + there.call_s * sums[CODED] + there.encode_s_per_byte * raw
-        decode = here.call_s * sums[CODED] + here.decode_s_per_byte * raw
-    return encode, wire / chunks / link.bytes_per_s, decode, link.latency_s * is_sent
-
-
-def _add(hops: dict[Pair, HopBound], pair: Pair, by_codec: Sequence[_Hop], choose: _Choice) -> None:
-    """Adds a hop, with the least of each of its times over the codecs that may be chosen."""
-    encode, wire, decode = (choose([hop[i] for hop in by_codec]) for i in range(3))
-    total = choose([e + w + d for e, w, d, _ in by_codec])
-    latency = by_codec[0][3]
-    known = hops.get(pair)
-    if known is not None:  # the model's inputs go with what the first stage makes; a latency is paid once
-        total, latency = known.total + total, np.maximum(known.latency, latency)
-        encode, wire, decode = known.encode + encode, known.wire + wire, known.decode + decode
-    hops[pair] = HopBound(total, latency, encode, wire, decode)
-
-
 def prefix(counts: Sequence[int]) -> IntArray:
     """Sums of all counts before each index."""
     return np.concatenate([[0], np.cumsum(np.array(counts, np.int64))]).astype(np.int64)
 
 
-def _along(values: NDArray[_Number], axis: int, dims: int) -> NDArray[_Number]:
+def _along(values: NDArray[Number], axis: int, dims: int) -> NDArray[Number]:
     """A row of values laid along one axis of a lattice; a single one fits anywhere."""
     return values.reshape([-1 if dim == axis else 1 for dim in range(dims)])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,8 @@ from fxsplit.planning.bounds import FloatArray
 from fxsplit.planning.chain import Chain, Path, best_path, chosen_codecs
 from fxsplit.planning.devices import Placement
 from fxsplit.planning.draft import Draft
-from fxsplit.planning.lattice import EDGES, FIXED, GRADIENTS, IntArray, columns_of, hop_seconds, prefix
+from fxsplit.planning.hops import EDGES, FIXED, GRADIENTS, IntArray, hop_seconds
+from fxsplit.planning.lattice import columns_of, prefix
 from fxsplit.planning.limits import limits_by_position, violations
 from fxsplit.planning.problem import Problem
 from fxsplit.planning.search import Choice
@@ -137,7 +138,7 @@ class LongSearch:
         both = [tuple(s[places] for s in problem.prefixes(placement, chunks)) for placement in placements]
         macs = prefix([node.forward_macs for node in nodes])[places]
         live = 1 if problem.schedule == "gpipe" else chunks  # at least one micro-batch is kept
-        kept = [n.parameter_bytes + n.trainable_bytes + n.saved_bytes // live for n in nodes]
+        kept = [n.static_bytes(problem.kept_states) + n.saved_bytes // live for n in nodes]
         limits = [
             (problem.budget.macs_limit(p.spelling), problem.budget.memory_limit(p.spelling)) for p in placements
         ]
@@ -157,10 +158,11 @@ class LongSearch:
         kinds: dict[object, int] = {}
         rows: list[tuple[FloatArray, FloatArray]] = []
         pair = np.zeros((len(problem.placements),) * 2, np.int64)
-        for source, target in combinations(range(len(problem.placements)), 2):
+        count = len(problem.placements)
+        for source, target in combinations(range(count), 2) if problem.leaves_out else pairwise(range(count)):
             ends = problem.placements[source], problem.placements[target]
             there, back = problem.forward[target - 1], problem.backward[target - 1]
-            key = ends[0].worker == ends[1].worker or (ends[0].device_type, ends[1].device_type, there, back)
+            key = _kind(problem, *ends, there, back)
             if key not in kinds:
                 kinds[key] = len(kinds)
                 go = self._way(chunks, sums, EDGES, len(FIXED), problem.codecs_there, there, ends, stretched)
@@ -216,3 +218,12 @@ class LongSearch:
         )
         positions = [int(self._places[place]) for place in path.places]
         return Draft.of(problem, placements, positions, codecs, chunks)
+
+
+def _kind(problem: Problem, sender: Placement, receiver: Placement, *codecs: object) -> object:
+    """What the times of a hop depend on: many pairs of devices have the same."""
+    if sender.worker == receiver.worker:
+        return None
+    link = problem.links.kind(sender.worker, receiver.worker)
+    ends = [p.spelling if problem.profile.codecs else p.device_type for p in (sender, receiver)]
+    return *ends, link, codecs

@@ -10,7 +10,7 @@ from fxsplit.compressors import compressor
 from fxsplit.errors import CompressorError
 from fxsplit.planning import document
 from fxsplit.planning.devices import CLIENT
-from fxsplit.planning.document import Reader, integer, list_of, number, read_object, refuse, text
+from fxsplit.planning.document import Reader, boolean, integer, list_of, number, read_object, refuse, text
 from fxsplit.spec import TensorSpec
 
 NO_COMPRESSOR = "none"
@@ -28,11 +28,13 @@ class Part:
         modules: the outermost modules that are wholly inside, in execution order.
         macs: forward multiply-accumulate operations.
         parameter_bytes: bytes of its parameters and buffers.
-        memory_bytes: an estimate: its parameters and buffers, gradients, and for as many micro-batches as the
-            schedule lets it keep, what its nodes save for their backwards and what it receives from other
-            workers. No optimizer state.
+        memory_bytes: an estimate: its parameters and buffers, gradients, the optimizer's state, and for as many
+            micro-batches as the schedule lets it keep, what its nodes save for their backwards and what it
+            receives from other workers.
+        kept_bytes: what of that is saved and received for the whole batch.
         forward_s: predicted seconds of its forwards of all micro-batches.
         step_s: predicted seconds of their forwards and backwards.
+        is_measured: whether these come from what was measured on the device, or from an estimate.
     """
 
     stage: int
@@ -42,8 +44,10 @@ class Part:
     macs: int
     parameter_bytes: int
     memory_bytes: int
+    kept_bytes: int
     forward_s: float
     step_s: float
+    is_measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,8 +170,10 @@ PART_READERS: Mapping[str, Reader[Any]] = {
     "macs": integer(0),
     "parameter_bytes": integer(0),
     "memory_bytes": integer(0),
+    "kept_bytes": integer(0),
     "forward_s": number,
     "step_s": number,
+    "is_measured": boolean,
 }
 EDGE_READERS: Mapping[str, Reader[Any]] = {
     "value": text,

@@ -19,6 +19,15 @@ from fxsplit.errors import DeviceError, PlanError, nearest
 from fxsplit.planning import document
 from fxsplit.planning.devices import parse_devices
 from fxsplit.planning.document import Reader, boolean, integer, list_of, number, read_object, refuse, text
+from fxsplit.planning.forecast import (
+    Alternative,
+    PlannedHop,
+    PlannedLink,
+    hops_by_pair,
+    read_alternative,
+    read_hop,
+    read_link,
+)
 from fxsplit.planning.parts import (
     CUT_READERS,
     EDGE_READERS,
@@ -32,11 +41,13 @@ from fxsplit.planning.parts import (
     read_edge,
     read_part,
 )
+from fxsplit.planning.predict import stage_times
 from fxsplit.planning.render import Report
 from fxsplit.planning.units import format_bytes, format_macs, format_seconds
+from fxsplit.schedules import Times
 
-VERSION = 1
-"""Version of the saved plan; a reader refuses newer ones."""
+VERSION = 2
+"""Version of the saved plan; a reader refuses others."""
 
 SCHEDULES = tuple(kind.name for kind in schedules.SCHEDULES)
 """The schedules that a plan may name."""
@@ -60,10 +71,14 @@ class Plan:
         schedule: name of the pipeline schedule.
         compressor: spelling of the compressor asked for.
         gradient_compressor: spelling of the compressor asked for, for gradients.
-        predicted_step_s: predicted seconds of a training step; the time of the compressors is not in it.
+        predicted_step_s: predicted seconds of a training step.
         lower_bound_s: seconds below which no choice of cuts comes, by the same prediction.
         is_optimal: whether the cuts are proven to have the least predicted step time (under the budget).
         note: how the plan came about and what it assumes.
+        links: each direction between two workers that the plan uses, as it was assumed.
+        hops: predicted times of what the stages send each other for one micro-batch.
+        optimizer: the kind of optimizer whose state is in the stages' memory.
+        alternatives: one device alone, the raw input, no compression: what they were predicted to take.
 
     Raises:
         PlanError: the fields contradict each other.
@@ -85,6 +100,10 @@ class Plan:
     lower_bound_s: float
     is_optimal: bool
     note: str
+    links: tuple[PlannedLink, ...] = ()
+    hops: tuple[PlannedHop, ...] = ()
+    optimizer: str = "sgd"
+    alternatives: tuple[Alternative, ...] = ()
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -117,6 +136,9 @@ class Plan:
             refuse("plan.recomputed", f"{len(self.recomputed)} entries", f"{stages}, one a stage")
         if self.chunks < 1:
             refuse("plan.chunks", self.chunks, "1 or more")
+        for index, hop in enumerate(self.hops):
+            if not hop.source < hop.target < stages:
+                refuse(f"plan.hops[{index}]", (hop.source, hop.target), f"forward, from 0 to {stages - 1}")
         if self.schedule not in SCHEDULES:
             refuse("plan.schedule", self.schedule, ", ".join(SCHEDULES))
 
@@ -147,19 +169,33 @@ class Plan:
             return 0.0
         return self.predicted_step_s / self.lower_bound_s - 1 if self.lower_bound_s > 0 else float("inf")
 
+    @property
+    def times(self) -> Times:
+        """The predicted times of one micro-batch, from which `predicted_step_s` was simulated."""
+        forward, backward = (hops_by_pair(self.hops, is_backward=way) for way in (False, True))
+        return Times(stage_times(self.parts, self.chunks), forward, backward)
+
+    def check_fingerprint(self, model: str, fingerprint: str) -> None:
+        """Check that the plan was made for a model of this class and structure.
+
+        Raises:
+            PlanError: the fingerprint differs.
+        """
+        if self.fingerprint != fingerprint:
+            raise PlanError(
+                "the plan was made for another model",
+                found=f"{self.model} ({self.fingerprint})",
+                allowed=f"{model} ({fingerprint})",
+                hint="plan again for this model",
+            )
+
     def check_model(self, costs: CostTable) -> None:
         """Check that the plan was made for the model of `costs`; its batch size may be another.
 
         Raises:
             PlanError: the fingerprint differs, or a cut is not in the model.
         """
-        if self.fingerprint != costs.fingerprint:
-            raise PlanError(
-                "the plan was made for another model",
-                found=f"{self.model} ({self.fingerprint})",
-                allowed=f"{costs.model} ({costs.fingerprint})",
-                hint="plan again for this model",
-            )
+        self.check_fingerprint(costs.model, costs.fingerprint)
         for name in self.cut_names:
             if name not in costs.cut_points:
                 close = nearest(name, costs.cut_points)
@@ -170,7 +206,8 @@ class Plan:
         data: dict[str, object] = {name: getattr(self, name) for name in _READERS}
         # The edges of a cut are told by `edges`; its sums are written for other readers.
         data["cuts"] = [{name: getattr(cut, name) for name in CUT_READERS} for cut in self.cuts]
-        data["parts"] = [asdict(part) for part in self.parts]
+        for name in ("parts", "links", "hops", "alternatives"):
+            data[name] = [asdict(row) for row in getattr(self, name)]
         data["edges"] = [
             {**{name: getattr(edge, name) for name in EDGE_READERS}, "spec": document.spec_to_json(edge.spec)}
             for edge in self.edges
@@ -186,12 +223,13 @@ class Plan:
         """
         data = document.parse_json(source)
         version = data.get("version") if isinstance(data, dict) else None
-        if isinstance(version, int) and version > VERSION:
+        if isinstance(version, int) and not isinstance(version, bool) and version != VERSION and version > 0:
+            is_newer = version > VERSION
             raise PlanError(
-                "the plan was written by a newer version of fxsplit",
+                f"the plan was written by {'a newer' if is_newer else 'an older'} version of fxsplit",
                 found=f"plan version {version}",
-                allowed=f"up to {VERSION}",
-                hint="update fxsplit, or plan again",
+                allowed=f"{VERSION}",
+                hint="update fxsplit, or plan again" if is_newer else "plan again",
             )
         fields = read_object(data, "plan", _READERS)
         workers = tuple(part.worker for part in fields["parts"])
@@ -259,14 +297,24 @@ class Plan:
             crossing = [format_bytes(count) for count in bytes_over] or ["", "", ""]
             device = part.device if part.worker in part.device else f"{part.device} ({part.worker})"
             costs = (format_macs(part.macs), format_bytes(part.parameter_bytes), *crossing)
-            row = (str(part.stage), device, _shorten(part.modules), *costs, format_seconds(part.step_s))
+            seconds = f"{'' if part.is_measured else '~'}{format_seconds(part.step_s)}"
+            row = (str(part.stage), device, _shorten(part.modules), *costs, seconds)
             rows.append(row)
         codecs = " / ".join(dict.fromkeys((self.compressor, self.gradient_compressor)))
         title = f"{self.model}, batch {self.batch_size}: {self.schedule}, chunks {self.chunks}, {codecs}"
         bound = f"at most {self.gap:.0%} above the best" if isfinite(self.gap) else "no bound known"
         found = "optimal" if self.is_optimal else bound
         step = f"predicted step {format_seconds(self.predicted_step_s)} ({found})"
-        return Report(title, _COLUMNS, tuple(rows), "\n".join(filter(None, (step, self.note))))
+        lines = (step, self._compared(), self.note)
+        return Report(title, _COLUMNS, tuple(rows), "\n".join(filter(None, lines)))
+
+    def _compared(self) -> str:
+        """What the plan was compared with, in a line."""
+        shown = [
+            f"{each.what} {format_seconds(each.step_s)}{'' if each.keeps_budget else ' (breaks the budget)'}"
+            for each in sorted(self.alternatives, key=lambda each: each.step_s)
+        ]
+        return f"beside it: {', '.join(shown)}" if shown else ""
 
     def __str__(self) -> str:
         return self.report().text()
@@ -279,6 +327,7 @@ class Plan:
 
 
 _COLUMNS = ("stage", "device", "modules", "MACs", "parameters", "over cut", "on wire", "gradients", "time")
+"""`time` begins with '~' where it is an estimate."""
 
 
 def _shorten(modules: tuple[str, ...], most: int = 3) -> str:
@@ -306,4 +355,8 @@ _READERS: Mapping[str, Reader[Any]] = {
     "lower_bound_s": number,
     "is_optimal": boolean,
     "note": text,
+    "links": list_of(read_link),
+    "hops": list_of(read_hop),
+    "optimizer": text,
+    "alternatives": list_of(read_alternative),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,14 +10,18 @@ from fxsplit.compressors import Compressor
 from fxsplit.compressors.registry import Asked, spelling_of
 from fxsplit.costs import CostTable
 from fxsplit.errors import BudgetError, PlanError, nearest
+from fxsplit.planning.alternatives import alternatives
 from fxsplit.planning.budget import Budget
 from fxsplit.planning.devices import Placement, parse_devices
+from fxsplit.planning.draft import Draft
+from fxsplit.planning.forecast import PlannedLink, hops_of
 from fxsplit.planning.guard import Guard
 from fxsplit.planning.limits import check_budget
+from fxsplit.planning.links import Links
 from fxsplit.planning.long_search import LongSearch
 from fxsplit.planning.parts import Cut, edges_across
 from fxsplit.planning.plan import SCHEDULES, Plan
-from fxsplit.planning.predict import OBJECTIVES, Link, Objective
+from fxsplit.planning.predict import OBJECTIVES, Objective, link_bytes
 from fxsplit.planning.problem import Problem
 from fxsplit.planning.profile import MACS_PER_S, Profile
 from fxsplit.planning.search import EXACT_CELLS, Choice, Search
@@ -26,6 +30,9 @@ from fxsplit.planning.units import format_bytes, format_macs, format_seconds
 
 CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """The numbers of micro-batches that `chunks="auto"` chooses from, as far as there are samples."""
+
+OPTIMIZERS: Mapping[str, int] = {"sgd": 0, "momentum": 1, "adam": 2}
+"""Kinds of optimizers -> tensors that they keep for each parameter."""
 
 GIVEN = "given"
 """Every device of the list gets a stage."""
@@ -46,6 +53,7 @@ def plan(
     price: dict[str, float] | None = None,
     guard: Guard | None = None,
     profile: Profile | None = None,
+    optimizer: str = "adam",
 ) -> Plan:
     """Place the stages of a model on devices.
 
@@ -68,6 +76,8 @@ def plan(
         price: device as written -> price of an hour, for the objective 'price'.
         guard: what `compressor='auto'` may choose from.
         profile: measured speeds; what is not in it is estimated.
+        optimizer: kind of optimizer whose state counts as memory: 'sgd' keeps nothing for a parameter,
+            'momentum' one tensor, 'adam' two.
 
     Returns:
         The plan. It is optimal if it says so; otherwise it states how far from optimal it can be.
@@ -79,11 +89,11 @@ def plan(
         CompressorError: an unknown compressor.
     """
     placements = parse_devices(devices)
-    check_choices(schedule, placement, objective)
+    check_choices(schedule, placement, objective, optimizer)
     budget = Budget() if budget is None else budget
     if not isinstance(budget, Budget):
         raise BudgetError("budget is not a Budget", found=repr(budget), allowed="fxsplit.Budget(...)")
-    budget.check_names(tuple(devices), costs.cut_points)
+    budget.check_names(devices, [p.worker for p in placements], costs.cut_points)
     names = None if cuts is None else _ordered(costs, cuts, len(placements))
     there, back = _codecs(compressor, gradient_compressor, len(placements) - 1, guard or Guard())
     problem = Problem(
@@ -91,7 +101,7 @@ def plan(
         placements,
         there,
         back,
-        Link.of(budget),
+        Links.of(budget, placements, None if profile is None else profile.links),
         _chunks(chunks, costs.batch_size),
         budget,
         schedule,
@@ -99,6 +109,7 @@ def plan(
         Profile() if profile is None else profile,
         placement == AUTO and cuts is None,
         None if names is None else tuple(costs.cut_points[name] for name in names),
+        OPTIMIZERS[optimizer],
     )
     _check_places(problem)
     choice = (Search(problem) if problem.is_small(EXACT_CELLS) else LongSearch(problem)).run()
@@ -107,17 +118,21 @@ def plan(
         free = replace(problem, given=None)
         bound = Search(free).least_bound() if free.is_small(EXACT_CELLS) else 0.0
         choice = Choice(choice.draft, min(bound, choice.draft.value), False)
-    return _built(problem, choice, names)
+    return _built(problem, choice, names, optimizer)
 
 
-def check_choices(schedule: str, placement: str, objective: str) -> None:
+def check_choices(schedule: str, placement: str, objective: str, optimizer: str = "adam") -> None:
     """Refuses names that are none.
 
     Raises:
         PlanError: always then, with those there are.
     """
     known = (("schedule", schedule, SCHEDULES), ("placement", placement, (GIVEN, AUTO)))
-    for what, found, allowed in (*known, ("objective", objective, OBJECTIVES)):
+    for what, found, allowed in (
+        *known,
+        ("objective", objective, OBJECTIVES),
+        ("optimizer", optimizer, tuple(OPTIMIZERS)),
+    ):
         if found not in allowed:
             raise PlanError(f"unknown {what}", found=repr(found), allowed=", ".join(allowed))
 
@@ -171,7 +186,7 @@ def _codecs(forward: Asked, backward: Asked, cuts: int, guard: Guard) -> tuple[C
     return there, tuple((codec,) for codec in Codecs.of(None, backward, cuts).backward)
 
 
-def _built(problem: Problem, choice: Choice, names: Sequence[str] | None) -> Plan:
+def _built(problem: Problem, choice: Choice, names: Sequence[str] | None, optimizer: str) -> Plan:
     """The plan of a choice."""
     draft, costs = choice.draft, problem.costs
     cuts = tuple(
@@ -197,7 +212,17 @@ def _built(problem: Problem, choice: Choice, names: Sequence[str] | None) -> Pla
         lower_bound_s=step_s if choice.is_optimal else min(ratio, 1.0) * step_s,
         is_optimal=choice.is_optimal,
         note=_note(problem, draft.placements, given=names is not None),
+        links=_links(problem, draft),
+        hops=hops_of(draft.times, len(draft.placements)),
+        optimizer=optimizer,
+        alternatives=alternatives(problem, draft),
     )
+
+
+def _links(problem: Problem, draft: Draft) -> tuple[PlannedLink, ...]:
+    """Each direction between two workers that something goes over."""
+    used = [pair for pair, count in link_bytes(draft.edges, draft.workers).items() if count]
+    return tuple(PlannedLink.of(*pair, problem.links.between(*pair)) for pair in used)
 
 
 def _ordered(costs: CostTable, cuts: Sequence[str], stages: int) -> tuple[str, ...]:
@@ -243,7 +268,12 @@ def _note(problem: Problem, placements: Sequence[Placement], *, given: bool) -> 
     facts = ["cuts as given" if given else "cuts chosen"]
     facts += [f"measured: {', '.join(measured)}"] if measured else []
     facts += [f"estimated: {', '.join(rates)}"] if rates else []
-    facts += [f"links {format_bytes(problem.link.bytes_per_s)}/s, {format_seconds(problem.link.latency_s)}"]
+    workers = list(dict.fromkeys(p.worker for p in placements))
+    links = {problem.links.between(a, b): f"{a} -> {b}" for a in workers for b in workers if a != b}
+    for link, pair in links.items() if len(workers) > 1 else ():
+        name = "links" if len(links) == 1 else f"link {pair}"
+        rate = f"{format_bytes(link.bytes_per_s)}/s, {format_seconds(link.latency_s)}"
+        facts.append(f"{name} {rate} ({link.origin})")
     if problem.objective.name != "step":
         facts.append(f"objective: {problem.objective.name}")
     return "; ".join(facts)

@@ -14,37 +14,16 @@ from dataclasses import dataclass, field
 
 from fxsplit.compressors import compressor
 from fxsplit.compressors.learned import split_learned
-from fxsplit.planning.budget import Budget
 from fxsplit.planning.devices import CLIENT, Placement
+from fxsplit.planning.links import Link, Links
 from fxsplit.planning.parts import NO_COMPRESSOR, Edge, Part, is_local
 from fxsplit.planning.profile import PACKET_S, Profile
-from fxsplit.schedules import Action, Hop, Schedule, StageTimes, Times, simulate
+from fxsplit.schedules import Action, Hop, Schedule, StageTimes, Times
+from fxsplit.schedules.simulation import replayed
 
 OBJECTIVES = ("step", "latency", "throughput", "price")
 """What a plan may be made for: seconds of a training step, of an inference batch, of a batch in a steady stream
 of inference batches, and the price of a training step."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """What the links between workers are assumed to do; the defaults are estimates for workers on one host.
-
-    Attributes:
-        bytes_per_s: bandwidth of each direction.
-        latency_s: seconds from sending a message to its arrival, beyond its bytes.
-    """
-
-    bytes_per_s: float = 1e9
-    latency_s: float = 3e-4
-
-    @classmethod
-    def of(cls, budget: Budget) -> Link:
-        """The links as the budget assumes them."""
-        bandwidth, latency = budget.bandwidth_bytes_per_s, budget.latency_s
-        return cls(
-            cls.bytes_per_s if bandwidth is None else bandwidth,
-            cls.latency_s if latency is None else latency,
-        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +67,7 @@ def times_of(
     parts: Sequence[Part],
     edges: Iterable[Edge],
     placements: Sequence[Placement],
-    link: Link,
+    links: Links,
     profile: Profile,
     chunks: int,
     *,
@@ -96,14 +75,7 @@ def times_of(
 ) -> Times:
     """Times of one micro-batch; with outputs, of one more stage: the client, which gets them and does nothing."""
     workers = tuple(placement.worker for placement in placements)
-    stages = tuple(
-        StageTimes(
-            part.forward_s / chunks,
-            (part.step_s - part.forward_s) / 2 / chunks,
-            (part.step_s - part.forward_s) / 2 / chunks,
-        )
-        for part in parts
-    )
+    stages = stage_times(parts, chunks)
     if with_outputs:
         stages, placements = (*stages, StageTimes(0.0, 0.0, 0.0)), (*placements, placements[0])
     forward: dict[tuple[int, int], Hop] = defaultdict(Hop)
@@ -114,11 +86,24 @@ def times_of(
         pair = max(edge.source, 0), edge.target
         here, there = placements[pair[0]], placements[pair[1]]
         add = (edge.raw_bytes, edge.wire_bytes, edge.compressor)
-        forward[pair] = _and(forward[pair], _hop(*add, here, there, link, profile, chunks))
+        forward[pair] = _and(forward[pair], _hop(*add, here, there, links, profile, chunks))
         if edge.gradient_wire_bytes:
             back = (edge.raw_bytes, edge.gradient_wire_bytes, edge.gradient_compressor)
-            backward[pair] = _and(backward[pair], _hop(*back, there, here, link, profile, chunks))
+            backward[pair] = _and(backward[pair], _hop(*back, there, here, links, profile, chunks))
     return Times(stages, forward, backward)
+
+
+def stage_times(parts: Sequence[Part], chunks: int) -> tuple[StageTimes, ...]:
+    """Times of the stages for one micro-batch; half of a backward is for the gradients of the weights."""
+    return tuple(
+        StageTimes(
+            part.forward_s / chunks,
+            (part.step_s - part.forward_s) / 2 / chunks,
+            (part.step_s - part.forward_s) / 2 / chunks,
+            max(1, part.kept_bytes // chunks),
+        )
+        for part in parts
+    )
 
 
 def _hop(
@@ -127,14 +112,15 @@ def _hop(
     codec: str,
     sender: Placement,
     receiver: Placement,
-    link: Link,
+    links: Links,
     profile: Profile,
     chunks: int,
 ) -> Hop:
+    link: Link = links.between(sender.worker, receiver.worker)
     encode_s, decode_s = PACKET_S, 0.0
     if codec != NO_COMPRESSOR:
         rest = split_learned(compressor(codec))[1]
-        there, here = profile.codec(rest, sender.device_type), profile.codec(rest, receiver.device_type)
+        there, here = profile.codec(rest, sender), profile.codec(rest, receiver)
         encode_s += there.call_s + there.encode_s_per_byte * raw_bytes / chunks
         decode_s += here.call_s + here.decode_s_per_byte * raw_bytes / chunks
     return Hop(encode_s, wire_bytes / chunks / link.bytes_per_s, link.latency_s, decode_s)
@@ -159,8 +145,8 @@ def outcome_of(
         PlanError: the schedule is not for these stages and micro-batches.
     """
     if objective.is_training:
-        timeline = simulate(schedule.orders(workers, chunks, times), workers, times)
-        return Outcome(timeline.step_s, timeline.live)
+        clock = replayed(schedule.orders(workers, chunks, times), workers, times)
+        return Outcome(clock.step_s, tuple(clock.most_live))
     orders: dict[str, list[Action]] = {worker: [] for worker in workers}
     for stage, worker in enumerate(workers):
         orders[worker] += [Action(stage, m) for m in range(chunks)]
@@ -174,7 +160,7 @@ def outcome_of(
             busy[workers[source], workers[target]] += hop.wire_s
             busy[workers[target], "decode"] += hop.decode_s
         return Outcome(chunks * max(busy.values()), live)
-    return Outcome(simulate(orders, workers, times).step_s, live)
+    return Outcome(replayed(orders, workers, times).step_s, live)
 
 
 def link_bytes(edges: Iterable[Edge], workers: tuple[str, ...]) -> dict[tuple[str, str], int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 
@@ -14,8 +14,14 @@ from fxsplit.costs import CostTable
 from fxsplit.planning.bounds import FloatArray, Rules
 from fxsplit.planning.budget import Budget
 from fxsplit.planning.devices import Placement
-from fxsplit.planning.predict import Link, Objective
+from fxsplit.planning.links import Links
+from fxsplit.planning.predict import Objective, Outcome, outcome_of
 from fxsplit.planning.profile import Profile
+from fxsplit.planning.recompute import least_needs
+from fxsplit.planning.stages import Stages
+from fxsplit.schedules import Times, schedule
+
+_KEPT_STAGES = 64
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Problem:
         placements: the device list.
         there: for each cut, the codecs that may be chosen for activations.
         back: the same for gradients.
-        link: what the links do.
+        links: what the links do.
         chunks: the numbers of micro-batches that may be chosen.
         budget: what has to be kept.
         schedule: name of the schedule.
@@ -50,13 +56,14 @@ class Problem:
         profile: what is known of speeds.
         leaves_out: whether devices may be left out, and the first stage be empty: the input is sent as it is.
         given: the cuts, if they are not to be chosen.
+        states: tensors that the optimizer keeps for each parameter.
     """
 
     costs: CostTable
     placements: tuple[Placement, ...]
     there: tuple[tuple[Compressor, ...], ...]
     back: tuple[tuple[Compressor, ...], ...]
-    link: Link
+    links: Links
     chunks: tuple[int, ...]
     budget: Budget
     schedule: str = "gpipe"
@@ -64,6 +71,7 @@ class Problem:
     profile: Profile = field(default_factory=Profile)
     leaves_out: bool = False
     given: tuple[int, ...] | None = None
+    states: int = 0
 
     @cached_property
     def positions(self) -> tuple[int, ...]:
@@ -97,14 +105,51 @@ class Problem:
         key = is_measured, placement.spelling if is_measured else placement.device_type
         if key not in self._seconds:
             rows = [self.profile.node(node, placement) for node in self.costs.nodes]
-            table = np.array([(row.forward_s, row.backward_s, row.call_s) for row in rows]).reshape(-1, 3)
-            self._seconds[key] = np.concatenate([np.zeros((1, 3)), table.cumsum(0)]).T
-        forward, backward, call = self._seconds[key]
-        return forward / chunks + call, backward / chunks + call
+            columns = [(row.forward_s, row.backward_s, row.call_s, row.backward_call_s) for row in rows]
+            table = np.array(columns).reshape(-1, 4)
+            self._seconds[key] = np.concatenate([np.zeros((1, 4)), table.cumsum(0)]).T
+        forward, backward, call, backward_call = self._seconds[key]
+        return forward / chunks + call, backward / chunks + backward_call
 
     @cached_property
     def _seconds(self) -> dict[tuple[bool, str], FloatArray]:
-        """[3, nodes + 1] by device, or by type of device if it was not measured."""
+        """[4, nodes + 1] by device, or by type of device if it was not measured."""
+        return {}
+
+    @property
+    def kept_states(self) -> int | None:
+        """Of the optimizer; None for inference, which has no gradients either."""
+        return self.states if self.objective.is_training else None
+
+    def stages(self, placements: tuple[Placement, ...], positions: tuple[int, ...]) -> Stages:
+        """The model cut there, with what each stage gets and computes again: the same for all codecs."""
+        key = placements, positions
+        if key not in self._stages:
+            if len(self._stages) >= _KEPT_STAGES:
+                self._stages.clear()
+            whole = Stages(self.costs, placements, positions)
+            needs = least_needs(self.costs, placements, whole.stage_of(), self.links)
+            self._stages[key] = replace(whole, needs=needs, profile=self.profile, states=self.kept_states)
+        return self._stages[key]
+
+    @cached_property
+    def _stages(self) -> dict[tuple[tuple[Placement, ...], tuple[int, ...]], Stages]:
+        """The latest."""
+        return {}
+
+    def outcome(self, times: Times, workers: tuple[str, ...], chunks: int) -> Outcome:
+        """What the simulation says; codecs of the same speed and bytes are simulated once.
+
+        Raises:
+            PlanError: the schedule is not for these stages and micro-batches.
+        """
+        key = times.stages, tuple(times.forward.items()), tuple(times.backward.items()), workers, chunks
+        if key not in self._outcomes:
+            self._outcomes[key] = outcome_of(times, workers, chunks, schedule(self.schedule), self.objective)
+        return self._outcomes[key]
+
+    @cached_property
+    def _outcomes(self) -> dict[object, Outcome]:
         return {}
 
     @property

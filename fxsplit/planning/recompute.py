@@ -18,14 +18,14 @@ bytes, or follows from u where the stage has u.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
 
 from fxsplit.costs import CostTable, NodeCost, Value
 from fxsplit.planning.devices import CLIENT, Placement
-from fxsplit.planning.predict import Link
+from fxsplit.planning.links import Links
 from fxsplit.planning.profile import PACKET_S, seconds_per_mac
 
 OPERATION_S = 1e-5
@@ -119,7 +119,7 @@ class Uses:
 
 
 def least_needs(
-    costs: CostTable, placements: Sequence[Placement], stage_of: Sequence[int], link: Link
+    costs: CostTable, placements: Sequence[Placement], stage_of: Sequence[int], links: Links
 ) -> tuple[Needs, ...]:
     """For every stage, what is sent to it and what it computes again, so that the sum of both takes least time.
 
@@ -127,22 +127,26 @@ def least_needs(
         costs: of the batch.
         placements: one a stage.
         stage_of: the stage of each node of the cost table.
-        link: what the links are assumed to do.
+        links: what the links are assumed to do.
     """
     flow = Flow(costs)
+    homes = {v.name: CLIENT if v.producer < 0 else placements[stage_of[v.producer]].worker for v in costs.values}
     found = []
     for stage, placement in enumerate(placements):
         used = Uses.of(costs, stage, stage_of)
-        local = frozenset(
-            v.name
-            for v in costs.values
-            if (CLIENT if v.producer < 0 else placements[stage_of[v.producer]].worker) == placement.worker
-        )
-        found.append(flow.needs(used, _recomputed(flow, used, local, link, seconds_per_mac(placement)), local))
+        local = frozenset(name for name, home in homes.items() if home == placement.worker)
+        rates = {home: links.between(home, placement.worker).bytes_per_s for home in set(homes.values())}
+
+        def send_s(name: str, rates: Mapping[str, float] = rates) -> float:
+            return PACKET_S + flow.values[name].nbytes / rates[homes[name]]
+
+        found.append(flow.needs(used, _recomputed(flow, used, local, send_s, seconds_per_mac(placement)), local))
     return tuple(found)
 
 
-def _recomputed(flow: Flow, used: Uses, local: frozenset[str], link: Link, mac_s: float) -> frozenset[str]:
+def _recomputed(
+    flow: Flow, used: Uses, local: frozenset[str], send_s: Callable[[str], float], mac_s: float
+) -> frozenset[str]:
     candidates = [name for name in used.whole - local if _is_recomputable(flow, name)]
     if not candidates and not used.layouts:
         return frozenset()
@@ -157,8 +161,7 @@ def _recomputed(flow: Flow, used: Uses, local: frozenset[str], link: Link, mac_s
         if name in free:
             graph.add_edge(("begin", name), ("have", name), capacity=0)
         elif flow.is_sendable(name):
-            send_s = PACKET_S + flow.values[name].nbytes / link.bytes_per_s
-            graph.add_edge(("begin", name), ("have", name), capacity=_nanoseconds(send_s))
+            graph.add_edge(("begin", name), ("have", name), capacity=_nanoseconds(send_s(name)))
         else:
             graph.add_edge(("begin", name), ("have", name))
         # With the value comes its layout; alone, it costs a packet without bytes.

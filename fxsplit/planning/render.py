@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 _WIDTH = 120
-_WORDS = ("device", "modules")  # columns of words stand left, the rest are numbers
+_WORDS = ("device", "modules", "plan", "because")  # columns of words stand left, the rest are numbers
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ class Report:
         console = Console(file=out, width=_WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
         console.print(self.table())
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def _repr_html_(self) -> str:
+        return self.html()
 
     def html(self) -> str:
         """The table as HTML; every text is escaped."""

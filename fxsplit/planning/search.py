@@ -10,7 +10,8 @@ import numpy as np
 from fxsplit.errors import PlanError
 from fxsplit.planning.bounds import FloatArray
 from fxsplit.planning.draft import Draft
-from fxsplit.planning.lattice import IntArray, Lattice, uses_of
+from fxsplit.planning.hops import IntArray
+from fxsplit.planning.lattice import Lattice, uses_of
 from fxsplit.planning.limits import violations
 from fxsplit.planning.problem import Option, Problem
 from fxsplit.planning.stages import Codecs

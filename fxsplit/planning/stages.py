@@ -16,7 +16,7 @@ from fxsplit.costs import CostTable, NodeCost, Value
 from fxsplit.errors import CompressorError
 from fxsplit.planning.devices import Placement
 from fxsplit.planning.parts import NO_COMPRESSOR, Edge, Part, is_local
-from fxsplit.planning.profile import Profile, seconds_per_mac
+from fxsplit.planning.profile import NodeSeconds, Profile, seconds_per_mac
 from fxsplit.planning.recompute import Needs
 from fxsplit.spec import TensorSpec
 from fxsplit.trace.effects import layout_name
@@ -94,6 +94,18 @@ def _wire_bytes(there: Compressor, back: Compressor, spec: TensorSpec) -> tuple[
 
 
 @dataclass(frozen=True)
+class _Sums:
+    """Of the nodes of a stage."""
+
+    modules: tuple[str, ...]
+    macs: int
+    parameter_bytes: int
+    static_bytes: int
+    saved_bytes: int
+    seconds: NodeSeconds
+
+
+@dataclass(frozen=True)
 class Stages:
     """A cost table cut at the nodes `positions`, ascending indices, one fewer than there are placements.
 
@@ -105,6 +117,7 @@ class Stages:
     positions: tuple[int, ...]
     needs: tuple[Needs, ...] = ()
     profile: Profile = field(default_factory=Profile)
+    states: int | None = 0
 
     @cached_property
     def workers(self) -> tuple[str, ...]:
@@ -113,16 +126,26 @@ class Stages:
 
     def edges(self, codecs: Codecs) -> tuple[Edge, ...]:
         """Every value made by one stage and needed by another, one edge for each that needs it."""
-        edges = []
+        return tuple(
+            codecs.edge(value, source, target, self.workers)
+            if is_whole
+            else _layout_edge(value, max(source, 0), target)
+            for value, source, target, is_whole in self._crossings
+        )
+
+    @cached_property
+    def _crossings(self) -> list[tuple[Value, int, int, bool]]:
+        """Value, source, target and whether it is sent whole or its layout alone, of each edge; in their order."""
+        found = []
         for value in self.costs.values:
             source = -1 if value.producer < 0 else self._stage_of(value.producer)
-            edges += [codecs.edge(value, source, t, self.workers) for t in self._targets(value) if t != source]
-            edges += [
-                _layout_edge(value, max(source, 0), target)
+            found += [(value, source, target, True) for target in self._targets(value) if target != source]
+            found += [
+                (value, source, target, False)
                 for target, needs in enumerate(self.needs)
                 if value.name in needs.layouts
             ]
-        return tuple(sorted(edges, key=lambda edge: (edge.source, edge.target)))  # stable: values in their order
+        return sorted(found, key=lambda each: (each[1] if each[3] else max(each[1], 0), each[2]))
 
     def parts(self, edges: Iterable[Edge], chunks: int = 1, live: Sequence[int] | None = None) -> tuple[Part, ...]:
         """What each stage holds and costs; `live` of the `chunks` micro-batches are kept at one time, or all."""
@@ -131,32 +154,54 @@ class Stages:
             if not is_local(edge.source, edge.target, self.workers):
                 received[edge.target] += edge.raw_bytes
         inserted = _inserted_macs(edges)
-        homes = _module_stages(self.costs.nodes, self._stage_of)
         parts = []
         for stage, placement in enumerate(self.placements):
-            nodes = self.costs.nodes[self._start(stage) : self._start(stage + 1)]
-            again = [node for node in self.costs.nodes if self.needs and node.name in self.needs[stage].recomputed]
-            done = (*nodes, *again)
-            seconds = [self.profile.node(node, placement) for node in done]
-            calls_s = chunks * sum(each.call_s for each in seconds)
+            own = self._sums[stage]
+            calls_s = chunks * own.seconds.call_s
             learned_s = inserted[stage] * seconds_per_mac(placement)
-            forward_s = sum(each.forward_s for each in seconds) + calls_s + learned_s
-            kept = sum(node.saved_bytes for node in done) + received[stage]
+            forward_s = own.seconds.forward_s + calls_s + learned_s
+            kept = own.saved_bytes + received[stage]
             share = chunks if live is None else live[stage]
             part = Part(
                 stage=stage,
                 device=placement.spelling,
                 worker=placement.worker,
-                modules=_whole_modules(nodes, homes),
-                macs=sum(node.forward_macs for node in done) + inserted[stage],
-                parameter_bytes=sum(node.parameter_bytes for node in nodes),
-                memory_bytes=sum(node.parameter_bytes + node.trainable_bytes for node in nodes)
-                + -(-kept * share // chunks),
+                modules=own.modules,
+                macs=own.macs + inserted[stage],
+                parameter_bytes=own.parameter_bytes,
+                memory_bytes=own.static_bytes + -(-kept * share // chunks),
+                kept_bytes=kept,
                 forward_s=forward_s,
-                step_s=forward_s + sum(each.backward_s for each in seconds) + calls_s + 2 * learned_s,
+                step_s=forward_s + own.seconds.backward_s + chunks * own.seconds.backward_call_s + 2 * learned_s,
+                is_measured=self.profile.is_measured(placement),
             )
             parts.append(part)
         return tuple(parts)
+
+    @cached_property
+    def _sums(self) -> list[_Sums]:
+        """What the nodes of each stage cost, whatever the codecs and the micro-batches."""
+        homes = _module_stages(self.costs.nodes, self._stage_of)
+        sums = []
+        for stage, placement in enumerate(self.placements):
+            nodes = self.costs.nodes[self._start(stage) : self._start(stage + 1)]
+            done = [*nodes, *(self.costs[name] for name in (self.needs[stage].recomputed if self.needs else ()))]
+            seconds = [self.profile.node(node, placement) for node in done]
+            own = _Sums(
+                _whole_modules(nodes, homes),
+                sum(node.forward_macs for node in done),
+                sum(node.parameter_bytes for node in nodes),
+                sum(node.static_bytes(self.states) for node in nodes),
+                sum(node.saved_bytes for node in done),
+                NodeSeconds(
+                    sum(each.forward_s for each in seconds),
+                    sum(each.backward_s for each in seconds),
+                    sum(each.call_s for each in seconds),
+                    sum(each.backward_call_s for each in seconds),
+                ),
+            )
+            sums.append(own)
+        return sums
 
     def _start(self, stage: int) -> int:
         """Index of the first node of a stage; past the last stage, of the end."""

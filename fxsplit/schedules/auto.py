@@ -8,8 +8,8 @@ from typing import ClassVar
 from fxsplit.errors import PlanError
 from fxsplit.schedules.action import Action, Schedule
 from fxsplit.schedules.fixed import GPipe, Interleaved, OneForwardOneBackward, ZeroBubble
-from fxsplit.schedules.listing import backward_first, list_schedule, longest_path_first
-from fxsplit.schedules.simulation import simulate
+from fxsplit.schedules.listing import backward_first, listed, longest_path_first
+from fxsplit.schedules.simulation import Clock, replayed
 from fxsplit.schedules.times import Times
 
 WORTH_A_SPLIT = 0.1
@@ -32,10 +32,9 @@ class Auto(Schedule):
         """The orders with the shortest simulated step."""
         found: list[tuple[float, int, int, dict[str, list[Action]]]] = []
         for is_split in (False, True):
-            for orders in _candidates(workers, chunks, times, is_split):
-                timeline = simulate(orders, workers, times)
-                price = timeline.step_s * (1.0 + (WORTH_A_SPLIT if is_split else 0.0))
-                found.append((price, sum(timeline.live_bytes.values()), len(found), orders))
+            for orders, clock in _candidates(workers, chunks, times, is_split):
+                price = clock.step_s * (1.0 + (WORTH_A_SPLIT if is_split else 0.0))
+                found.append((price, clock.most_bytes, len(found), orders))
         best = min(price for price, *_ in found)
         as_fast = [entry for entry in found if entry[0] <= best * (1.0 + _SAME_TIME)]
         return min(as_fast, key=lambda entry: entry[1:3])[-1]
@@ -43,15 +42,18 @@ class Auto(Schedule):
 
 def _candidates(
     workers: Sequence[str], chunks: int, times: Times, is_split: bool
-) -> Iterator[dict[str, list[Action]]]:
+) -> Iterator[tuple[dict[str, list[Action]], Clock]]:
     priorities = (backward_first, longest_path_first(times))
     for priority in priorities:
-        yield list_schedule(workers, chunks, times, priority, is_split=is_split)
+        orders, clock = listed(workers, chunks, times, priority, is_split=is_split)
+        # From several senders packets may come to a decoder in another order than they were listed in.
+        yield orders, clock if len(set(workers)) < 3 else replayed(orders, workers, times)
     fixed: tuple[Schedule, ...] = (
         (ZeroBubble(),) if is_split else (GPipe(), OneForwardOneBackward(), Interleaved())
     )
     for schedule in fixed:
         try:
-            yield schedule.orders(workers, chunks, times)
+            orders = schedule.orders(workers, chunks, times)
         except PlanError:  # not for these workers and micro-batches
             continue
+        yield orders, replayed(orders, workers, times)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import ClassVar
 
 from fxsplit.errors import PlanError
@@ -85,10 +86,8 @@ class Interleaved(_Limited):
 
     def orders(self, workers: Sequence[str], chunks: int, times: Times) -> dict[str, list[Action]]:
         """1F1B's rule, in unit times."""
-        count = len(workers)
-        self.check_chunks(count, chunks)
-        limit = lambda stage: self.live_limit(stage, count, chunks)  # noqa: E731
-        return list_schedule(workers, chunks, Times.unit(count), backward_first, limit)
+        self.check_chunks(len(workers), chunks)
+        return _one_forward_one_backward(self, tuple(workers), chunks, False)
 
 
 class ZeroBubble(_Limited):
@@ -102,7 +101,22 @@ class ZeroBubble(_Limited):
 
     def orders(self, workers: Sequence[str], chunks: int, times: Times) -> dict[str, list[Action]]:
         """1F1B's rule for forwards and input gradients; weight gradients when there is nothing else."""
-        count = len(workers)
-        self.check_chunks(count, chunks)
-        limit = lambda stage: self.live_limit(stage, count, chunks)  # noqa: E731
-        return list_schedule(workers, chunks, Times.unit(count), backward_first, limit, is_split=True)
+        self.check_chunks(len(workers), chunks)
+        return _one_forward_one_backward(self, tuple(workers), chunks, True)
+
+
+def _one_forward_one_backward(
+    schedule: Schedule, workers: tuple[str, ...], chunks: int, is_split: bool
+) -> dict[str, list[Action]]:
+    """1F1B's rule for any placement: backward first, no more micro-batches than the schedule keeps."""
+    limits = tuple(schedule.live_limit(stage, len(workers), chunks) for stage in range(len(workers)))
+    orders = _in_unit_times(workers, chunks, limits, is_split)
+    return {worker: list(actions) for worker, actions in orders.items()}
+
+
+@lru_cache(maxsize=256)  # a planner and `auto` ask again and again
+def _in_unit_times(
+    workers: tuple[str, ...], chunks: int, limits: tuple[int, ...], is_split: bool
+) -> dict[str, list[Action]]:
+    times = Times.unit(len(workers))
+    return list_schedule(workers, chunks, times, backward_first, limits.__getitem__, is_split)

@@ -7,6 +7,7 @@ longest path as the priority it fits itself to slow links and uneven devices.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,24 +38,54 @@ def list_schedule(
             stage there is no deadlock: the oldest micro-batch can always go on.
         is_split: whether backwards are done in two parts.
     """
-    clock = Clock(workers, times)
-    orders: dict[str, list[Action]] = {worker: [] for worker in workers}
+    return listed(workers, chunks, times, priority, live_limit, is_split)[0]
+
+
+def listed(
+    workers: Sequence[str],
+    chunks: int,
+    times: Times,
+    priority: Priority,
+    live_limit: Callable[[int], int] | None = None,
+    is_split: bool = False,
+) -> tuple[dict[str, list[Action]], Clock]:
+    """The orders of `list_schedule`, and the simulation in which they were found."""
+    clock, count = Clock(workers, times), len(workers)
     kinds = (Work.FORWARD, Work.INPUT, Work.WEIGHT) if is_split else (Work.FORWARD, Work.BACKWARD)
-    counts = {(stage, work): 0 for stage in range(len(workers)) for work in kinds}
-    for _ in range(len(counts) * chunks):
-        candidates = []
-        for (stage, work), count in counts.items():
-            action = Action(stage, count, work)
-            is_full = work is Work.FORWARD and live_limit is not None and clock.live[stage] >= live_limit(stage)
-            if count == chunks or is_full or clock.missing(action) is not None:
+    queues = {(s, work): [Action(s, m, work) for m in range(chunks)] for s in range(count) for work in kinds}
+    ordered = sorted((priority(a), a.stage, a.micro_batch, a.work, a) for queue in queues.values() for a in queue)
+    rank = {id(entry[-1]): index for index, entry in enumerate(ordered)}
+    limits = [chunks if live_limit is None else live_limit(stage) for stage in range(count)]
+    next_of = dict.fromkeys(queues, 0)
+    orders: dict[str, list[Action]] = {worker: [] for worker in workers}
+    able: list[tuple[float, int, Action]] = []  # the times may be out of date: then they are too early
+    offered: set[tuple[int, Work]] = set()
+
+    def offer(stage: int) -> None:
+        for work in kinds:
+            head = next_of[stage, work]
+            if head == chunks or (stage, work) in offered:
                 continue
-            begin = max(clock.free_s(workers[stage]), clock.ready_s(action))
-            candidates.append((begin, priority(action), action))
-        _, _, chosen = min(candidates)
-        clock.run(chosen)
-        orders[workers[chosen.stage]].append(chosen)
-        counts[chosen.stage, chosen.work] += 1
-    return orders
+            action = queues[stage, work][head]
+            is_full = work is Work.FORWARD and clock.live[stage] >= limits[stage]
+            if not is_full and clock.is_able(action):
+                offered.add((stage, work))
+                heapq.heappush(able, (clock.begin_s(action), rank[id(action)], action))
+
+    for stage in range(count):
+        offer(stage)
+    while able:
+        begin, place, action = able[0]
+        if (now := clock.begin_s(action)) > begin:
+            heapq.heapreplace(able, (now, place, action))
+            continue
+        heapq.heappop(able)
+        offered.discard((action.stage, action.work))
+        next_of[action.stage, action.work] += 1
+        orders[clock.workers[action.stage]].append(action)
+        for stage in clock.run(action):
+            offer(stage)
+    return orders, clock
 
 
 def backward_first(action: Action) -> Any:
@@ -66,14 +97,15 @@ def backward_first(action: Action) -> Any:
 def longest_path_first(times: Times) -> Priority:
     """What has the longest way before it to the end of the step comes first."""
     count = len(times.stages)
+    sources, targets = times.neighbours
     back = [0.0] * count
     for stage in range(count):
-        hops = [(s, times.backward.get((s, stage), Hop())) for s in times.sources(stage)]
+        hops = [(s, times.backward.get((s, stage), Hop())) for s in sources[stage]]
         after = max((_whole(hop) + back[s] for s, hop in hops), default=0.0)
         back[stage] = times.stages[stage].backward_s + after
     ahead = [0.0] * count
     for stage in reversed(range(count)):
-        hops = [(t, times.forward.get((stage, t), Hop())) for t in times.targets(stage)]
+        hops = [(t, times.forward.get((stage, t), Hop())) for t in targets[stage]]
         after = max((_whole(hop) + ahead[t] for t, hop in hops), default=back[stage])
         ahead[stage] = times.stages[stage].forward_s + after
 

@@ -7,7 +7,7 @@ which gets to its end here gets to its end there.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,109 +54,168 @@ class Timeline:
         return sum(span.end_s - span.start_s for span in self.spans if span.resource == resource)
 
 
+_Send = tuple[int, float, int, float, float, int, float]
+"""Of a hop: encoder, its seconds, link, its seconds, latency, decoder, its seconds."""
+
+
 class Clock:
-    """The state of a simulation: what has been done, and when each resource is free again."""
+    """The state of a simulation: what has been done, and when each resource is free again.
+
+    Args:
+        workers: the worker of each stage.
+        times: what the work takes.
+    """
 
     def __init__(self, workers: Sequence[str], times: Times) -> None:
         self.workers = tuple(workers)
         self.times = times
-        self.spans: list[Span] = []
-        self.live = [0] * len(self.workers)
-        self.most_live = [0] * len(self.workers)
-        self.most_bytes: dict[str, int] = dict.fromkeys(self.workers, 0)
-        self._free: defaultdict[str, float] = defaultdict(float)
-        self._done: dict[Action, float] = {}
-        self._arrived: dict[tuple[int, int, int], float] = {}  # (from stage, to stage, micro-batch)
+        self.step_s = 0.0
+        count = self._count = len(self.workers)
+        self.live, self.most_live = [0] * count, [0] * count
+        self._names: dict[str, int] = {}
+        self._free: list[float] = []
+        self._home = [self._resource(worker) for worker in self.workers]
+        self._held, self._most_held = [0] * len(self._free), [0] * len(self._free)
+        self._seconds: dict[Work, list[float]] = {
+            Work.FORWARD: [stage.forward_s for stage in times.stages],
+            Work.BACKWARD: [stage.backward_s for stage in times.stages],
+            Work.INPUT: [stage.input_s for stage in times.stages],
+            Work.WEIGHT: [stage.weight_s for stage in times.stages],
+        }
+        self._sources, self._targets = times.neighbours
+        ways = range(count)
+        self._out = [[(t, self._way(s, t, times.forward.get((s, t)))) for t in self._targets[s]] for s in ways]
+        self._back = [[(s, self._way(t, s, times.backward.get((s, t)))) for s in self._sources[t]] for t in ways]
+        # Of forwards, gradients and weight gradients: when all that came so far was there, and how much came.
+        self._ready: tuple[dict[int, float], ...] = ({}, {}, {})
+        self._came: tuple[dict[int, int], ...] = ({}, {}, {})
+        self._needed = (
+            [len(sources) for sources in self._sources],
+            [len(targets) + 1 for targets in self._targets],
+            [1] * count,
+        )
+        self._log: list[tuple[int, Action, float, float]] = []
 
-    def free_s(self, worker: str) -> float:
-        """When a worker has done what it was given."""
-        return self._free[worker]
+    def begin_s(self, action: Action) -> float:
+        """When an action can begin; nothing of what it needs may be missing."""
+        ready = self._ready[_GROUP[action.work]].get(action.micro_batch * self._count + action.stage, 0.0)
+        free = self._free[self._home[action.stage]]
+        return ready if ready > free else free
+
+    def is_able(self, action: Action) -> bool:
+        """Whether nothing is missing of what an action needs."""
+        group, stage = _GROUP[action.work], action.stage
+        return self._came[group].get(action.micro_batch * self._count + stage, 0) >= self._needed[group][stage]
 
     def missing(self, action: Action) -> str | None:
         """What has to be done before an action can be, if anything."""
         stage, m = action.stage, action.micro_batch
         if action.is_forward:
-            needed = [(s, stage, m) for s in self.times.sources(stage)]
+            needed = [Action(source, m) for source in self._sources[stage]]
         elif action.work is Work.WEIGHT:
-            before = Action(stage, m, Work.INPUT)
-            return None if before in self._done else str(before)
+            needed = [Action(stage, m, Work.INPUT)]
         else:
-            if Action(stage, m) not in self._done:
-                return str(Action(stage, m))
-            needed = [(t, stage, m) for t in self.times.targets(stage)]
-        for source, target, _ in needed:
-            if (source, target, m) not in self._arrived:
-                return f"{'F' if action.is_forward else 'B'}{source}.{m}"
+            needed = [Action(stage, m), *(Action(target, m, Work.BACKWARD) for target in self._targets[stage])]
+        done = {(a.stage, a.micro_batch, a.is_forward, a.work is Work.WEIGHT) for _, a, _, _ in self._log}
+        for each in needed:
+            if (each.stage, m, each.is_forward, False) not in done:
+                return str(each)
         return None
 
-    def ready_s(self, action: Action) -> float:
-        """When all that an action needs is there; nothing of it may be missing."""
-        stage, m = action.stage, action.micro_batch
-        if action.is_forward:
-            return max((self._arrived[s, stage, m] for s in self.times.sources(stage)), default=0.0)
-        if action.work is Work.WEIGHT:
-            return self._done[Action(stage, m, Work.INPUT)]
-        arrived = [self._arrived[t, stage, m] for t in self.times.targets(stage)]
-        return max([self._done[Action(stage, m)], *arrived])
-
-    def run(self, action: Action) -> None:
-        """Does an action of which nothing is missing, as soon as its worker is free."""
-        stage, m, worker = action.stage, action.micro_batch, self.workers[action.stage]
-        begin = max(self._free[worker], self.ready_s(action))
-        end = begin + self._seconds(action)
-        self._free[worker] = self._done[action] = end
-        self.spans.append(Span(worker, action, begin, end))
-        if action.is_forward:
+    def run(self, action: Action) -> list[int]:
+        """Does an action of which nothing is missing, as soon as its worker is free; returns who got something."""
+        stage, m, work = action.stage, action.micro_batch, action.work
+        first = m * self._count
+        begin = self.begin_s(action)
+        end = begin + self._seconds[work][stage]
+        self._free[self._home[stage]] = end
+        self._note(self._home[stage], action, begin, end)
+        touched = [stage]
+        if work is Work.FORWARD:
             self._keep(stage, 1)
-            for target in self.times.targets(stage):
-                hop = self.times.forward.get((stage, target), Hop())
-                self._arrived[stage, target, m] = self._send(action, target, hop, end)
-        elif action.sends_gradients:
-            for source in self.times.sources(stage):
-                hop = self.times.backward.get((source, stage), Hop())
-                self._arrived[stage, source, m] = self._send(action, source, hop, end)
-        if action.work in (Work.BACKWARD, Work.WEIGHT):
+            self._arrive(1, first + stage, end)
+            for target, way in self._out[stage]:
+                self._arrive(0, first + target, end if way is None else self._send(action, way, end))
+                touched.append(target)
+        elif work is not Work.WEIGHT:
+            self._arrive(2, first + stage, end)
+            for source, way in self._back[stage]:
+                self._arrive(1, first + source, end if way is None else self._send(action, way, end))
+                touched.append(source)
+        if work is Work.BACKWARD or work is Work.WEIGHT:
             self._keep(stage, -1)
+        return touched
 
     def timeline(self) -> Timeline:
         """What was simulated so far."""
-        end = max((span.end_s for span in self.spans), default=0.0)
-        return Timeline(tuple(self.spans), end, tuple(self.most_live), dict(self.most_bytes))
+        names = list(self._names)
+        spans = tuple(Span(names[resource], action, begin, end) for resource, action, begin, end in self._log)
+        held = {worker: self._most_held[self._names[worker]] for worker in self.workers}
+        return Timeline(spans, self.step_s, tuple(self.most_live), held)
 
-    def _seconds(self, action: Action) -> float:
-        stage = self.times.stages[action.stage]
-        return {
-            Work.FORWARD: stage.forward_s,
-            Work.BACKWARD: stage.backward_s,
-            Work.INPUT: stage.input_s,
-            Work.WEIGHT: stage.weight_s,
-        }[action.work]
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """The actions in the order in which they were run."""
+        homes = set(self._home)
+        return tuple(action for resource, action, _, _ in self._log if resource in homes)
 
-    def _send(self, action: Action, target: int, hop: Hop, made_s: float) -> float:
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of activations that all workers keep, each at its most."""
+        return sum(self._most_held)
+
+    def _resource(self, name: str) -> int:
+        index = self._names.setdefault(name, len(self._names))
+        if index == len(self._free):
+            self._free.append(0.0)
+        return index
+
+    def _way(self, sender: int, receiver: int, hop: Hop | None) -> _Send | None:
+        """What a packet passes from one stage to another; None if it is there at once."""
+        here, there = self.workers[sender], self.workers[receiver]
+        if here == there or hop is None:
+            return None
+        names = (f"{here} encode", f"{here} -> {there}", f"{there} decode")
+        encoder, link, decoder = (self._resource(name) for name in names)
+        return encoder, hop.encode_s, link, hop.wire_s, hop.latency_s, decoder, hop.decode_s
+
+    def _send(self, action: Action, way: _Send, made_s: float) -> float:
         """When the results of an action are where another stage can use them."""
-        here, there = self.workers[action.stage], self.workers[target]
-        if here == there:
-            return made_s
-        encoded = self._occupy(f"{here} encode", action, made_s, hop.encode_s)
-        sent = self._occupy(f"{here} -> {there}", action, encoded, hop.wire_s)
-        return self._occupy(f"{there} decode", action, sent + hop.latency_s, hop.decode_s)
+        encoder, encode_s, link, wire_s, latency_s, decoder, decode_s = way
+        encoded = self._occupy(encoder, action, made_s, encode_s)
+        sent = self._occupy(link, action, encoded, wire_s)
+        return self._occupy(decoder, action, sent + latency_s, decode_s)
 
-    def _occupy(self, resource: str, action: Action, from_s: float, seconds: float) -> float:
+    def _occupy(self, resource: int, action: Action, from_s: float, seconds: float) -> float:
         if not seconds:
             return from_s
-        begin = max(from_s, self._free[resource])
-        self._free[resource] = begin + seconds
-        self.spans.append(Span(resource, action, begin, begin + seconds))
-        return begin + seconds
+        free = self._free[resource]
+        begin = from_s if from_s > free else free
+        end = self._free[resource] = begin + seconds
+        self._note(resource, action, begin, end)
+        return end
+
+    def _note(self, resource: int, action: Action, begin: float, end: float) -> None:
+        self._log.append((resource, action, begin, end))
+        if end > self.step_s:
+            self.step_s = end
+
+    def _arrive(self, group: int, key: int, seconds: float) -> None:
+        came, ready = self._came[group], self._ready[group]
+        came[key] = came.get(key, 0) + 1
+        if seconds > ready.get(key, 0.0):
+            ready[key] = seconds
 
     def _keep(self, stage: int, change: int) -> None:
-        self.live[stage] += change
-        self.most_live[stage] = max(self.most_live[stage], self.live[stage])
-        worker = self.workers[stage]
-        held = sum(
-            live * self.times.stages[s].live_bytes for s, live in enumerate(self.live) if self.workers[s] == worker
-        )
-        self.most_bytes[worker] = max(self.most_bytes[worker], held)
+        live = self.live[stage] = self.live[stage] + change
+        home = self._home[stage]
+        held = self._held[home] = self._held[home] + change * self.times.stages[stage].live_bytes
+        if change > 0:
+            self.most_live[stage] = max(self.most_live[stage], live)
+            self._most_held[home] = max(self._most_held[home], held)
+
+
+_GROUP = {Work.FORWARD: 0, Work.BACKWARD: 1, Work.INPUT: 1, Work.WEIGHT: 2}
 
 
 def simulate(orders: Orders, workers: Sequence[str], times: Times) -> Timeline:
@@ -170,22 +229,36 @@ def simulate(orders: Orders, workers: Sequence[str], times: Times) -> Timeline:
     Raises:
         PlanError: the workers wait for each other for ever; the message says who waits for what.
     """
+    return replayed(orders, workers, times).timeline()
+
+
+def replayed(orders: Orders, workers: Sequence[str], times: Times) -> Clock:
+    """The simulation of orders at its end; as `simulate`, for those who need no spans."""
     clock = Clock(workers, times)
-    left = {worker: list(reversed(actions)) for worker, actions in orders.items() if actions}
-    while left:
-        able = [worker for worker, actions in left.items() if clock.missing(actions[-1]) is None]
-        if not able:
-            waiting = [f"{w}: {a[-1]} waits for {clock.missing(a[-1])}" for w, a in left.items()]
-            raise PlanError(
-                "the schedule stands still: its workers wait for each other",
-                found="; ".join(waiting),
-                allowed="an order in which some worker can always go on",
-            )
-        worker = min(able, key=lambda w: max(clock.free_s(w), clock.ready_s(left[w][-1])))
-        clock.run(left[worker].pop())
-        if not left[worker]:
-            del left[worker]
-    return clock.timeline()
+    left = {worker: iter(actions) for worker, actions in orders.items()}
+    heads = {worker: head for worker, actions in left.items() if (head := next(actions, None)) is not None}
+    rank = {worker: index for index, worker in enumerate(orders)}
+    able = [(clock.begin_s(head), rank[w], w) for w, head in heads.items() if clock.is_able(head)]
+    heapq.heapify(able)
+    waiting = heads.keys() - {worker for _, _, worker in able}
+    while able:
+        _, _, worker = heapq.heappop(able)
+        touched = clock.run(heads.pop(worker))
+        if (head := next(left[worker], None)) is not None:
+            heads[worker] = head
+            waiting.add(worker)
+        for stage in touched:
+            other = clock.workers[stage]
+            if other in waiting and clock.is_able(heads[other]):
+                waiting.discard(other)
+                heapq.heappush(able, (clock.begin_s(heads[other]), rank[other], other))
+    if heads:
+        raise PlanError(
+            "the schedule stands still: its workers wait for each other",
+            found="; ".join(f"{w}: {head} waits for {clock.missing(head)}" for w, head in heads.items()),
+            allowed="an order in which some worker can always go on",
+        )
+    return clock
 
 
 def check(orders: Orders, workers: Sequence[str], chunks: int, times: Times) -> Timeline:

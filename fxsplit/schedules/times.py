@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,13 @@ class Times:
         """Equal stages, a backward twice as long as a forward, links that take no time."""
         return cls((StageTimes(1.0, 1.0, 1.0),) * stages)
 
-    def sources(self, stage: int) -> list[int]:
-        """The stages that send activations to a stage: the one before, and those with skip connections."""
-        return sorted({s for s, t in self.forward if t == stage} | ({stage - 1} if stage else set()))
-
-    def targets(self, stage: int) -> list[int]:
-        """The stages that get activations of a stage."""
-        after = {stage + 1} if stage + 1 < len(self.stages) else set()
-        return sorted({t for s, t in self.forward if s == stage} | after)
+    @cached_property
+    def neighbours(self) -> tuple[list[list[int]], list[list[int]]]:
+        """For each stage, those that send it activations and those that get its own, skip connections included."""
+        count = len(self.stages)
+        sources: list[set[int]] = [{stage - 1} if stage else set() for stage in range(count)]
+        targets: list[set[int]] = [{stage + 1} if stage + 1 < count else set() for stage in range(count)]
+        for source, target in self.forward:
+            sources[target].add(source)
+            targets[source].add(target)
+        return [sorted(each) for each in sources], [sorted(each) for each in targets]

@@ -1,0 +1,228 @@
+"""Measuring: seconds of every node of a model, and of compressors, on a device."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from fxsplit.allocator import keep_memory
+from fxsplit.compressors import Compressor, Lossless, compressor
+from fxsplit.compressors.learned import split_learned
+from fxsplit.errors import DeviceError, PlanError
+from fxsplit.opening import trace_for_planning
+from fxsplit.planning.calibration import CLIENT, WORKER, Calibration, MeasuredCodec, MeasuredNode, machine_of
+from fxsplit.planning.devices import available_devices
+from fxsplit.spec import TensorSpec
+from fxsplit.trace import Arguments, ExampleInputs
+from fxsplit.trace.call import batch_size, is_batched
+from fxsplit.trace.transforms import transforms_closed
+
+COMPRESSORS = ("uniform8", "fastquant8", "sortquant8")
+"""What is measured if nothing else is asked for: what `compressor="auto"` chooses from, and the plainest."""
+
+_WARM_UP = 1
+_CODEC_SHAPES = ((4, 32, 112, 112), (1, 32, 14, 14))
+
+
+def calibrate(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    device: str = "cpu",
+    *,
+    chunks: int = 1,
+    compressors: Sequence[str] = COMPRESSORS,
+    repeats: int = 5,
+    role: str = CLIENT,
+) -> Calibration:
+    """Measures what every node of a model takes on a device of this host, forward and backward.
+
+    Each node runs alone, and the whole model in one piece: the sums of the first are scaled to those of the
+    second, in which allocator and caches are as they will be. This is done for micro-batches of two sizes, so
+    that what a call costs and what a sample costs are known apart. Weights, buffers and random numbers stay.
+
+    Args:
+        model: any module that can be traced, in the mode to measure.
+        example_inputs: a batch: a tensor, a tuple of arguments or a dict of keyword arguments.
+        device: a device of this host.
+        chunks: micro-batches of the batch: the larger size is that of one of them, the smaller half of it.
+        compressors: spellings of those to measure, too.
+        repeats: of each measurement; their median counts.
+        role: 'client', or 'worker': this process then keeps freed memory from now on, as workers do.
+
+    Raises:
+        DeviceError: there is no such device here.
+        PlanError: an unknown role.
+        TraceError: the model cannot be traced.
+        CompressorError: an unknown compressor.
+    """
+    if device not in available_devices() and device != "cuda":
+        raise DeviceError("there is no such device here", found=device, allowed=", ".join(available_devices()))
+    if role not in (CLIENT, WORKER):
+        raise PlanError("unknown role", found=repr(role), allowed=f"{CLIENT}, {WORKER}")
+    codecs = [compressor(spelling) for spelling in compressors]
+    if role == WORKER:
+        keep_memory()
+    example = Arguments.of(example_inputs)
+    traced = trace_for_planning(model, example, verify=False)
+    module = copy.deepcopy(traced.primary.module).to(device)
+    leaves = [leaf for leaf in traced.leaves(example) if isinstance(leaf, Tensor)]
+    largest = max(1, batch_size(leaves) // chunks)
+    seconds: dict[int, list[tuple[float, float]]] = {}
+    with torch.random.fork_rng(), transforms_closed():
+        for samples in sorted({largest, max(1, largest // 2)}):
+            inputs = [leaf[:samples] if is_batched(leaf, batch_size(leaves)) else leaf for leaf in leaves]
+            seconds[samples] = _seconds_of_nodes(module, [leaf.to(device) for leaf in inputs], device, repeats)
+    nodes = [n for n in module.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    return Calibration(
+        type(model).__name__,
+        traced.fingerprint,
+        device,
+        machine_of(device),
+        torch.__version__,
+        torch.get_num_threads(),
+        role,
+        largest,
+        tuple(_fitted(node, {s: rows[i] for s, rows in seconds.items()}) for i, node in enumerate(nodes)),
+        tuple(measure_codec(codec, device, repeats) for codec in codecs),
+    )
+
+
+def measure_codec(codec: Compressor, device: str, repeats: int = 5) -> MeasuredCodec:
+    """Measures encoder and decoder of a compressor on float32 activations of two sizes."""
+    _, codec = split_learned(codec)
+    if isinstance(codec, Lossless):
+        return MeasuredCodec(str(codec), 0.0, 0.0, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for shape in _CODEC_SHAPES:
+        x = torch.randn(shape, generator=generator).relu_().to(device)
+        payload, spec = codec.encode(x), TensorSpec.of(x)
+        encode_s = _median(lambda x=x: codec.encode(x), device, repeats)  # type: ignore[misc]
+        decode_s = _median(lambda p=payload, s=spec: codec.decode(p, s), device, repeats)  # type: ignore[misc]
+        rows.append((x.nbytes, encode_s, decode_s))
+    (large, *of_large), (small, *of_small) = rows
+    rates = [max(0.0, (a - b) / (large - small)) for a, b in zip(of_large, of_small, strict=True)]
+    calls = [max(0.0, b - rate * small) for b, rate in zip(of_small, rates, strict=True)]
+    return MeasuredCodec(str(codec), rates[0], rates[1], max(calls))
+
+
+def _seconds_of_nodes(
+    module: GraphModule, inputs: Sequence[Tensor], device: str, repeats: int
+) -> list[tuple[float, float]]:
+    """Seconds of each node, forward and backward, scaled to what the whole takes."""
+    rows: list[list[tuple[float, float]]] = []
+    whole: list[tuple[float, float]] = []
+    for number in range(-_WARM_UP, repeats):
+        timed, total = _NodeTimes(module, device), _whole(module, inputs, device)
+        timed.run(*inputs)
+        if number >= 0:
+            rows.append(timed.seconds())
+            whole.append(total)
+    medians = [
+        tuple(statistics.median(row[node][way] for row in rows) for way in (0, 1)) for node in range(len(rows[0]))
+    ]
+    factors = []
+    for way in (0, 1):
+        alone, together = sum(each[way] for each in medians), statistics.median(total[way] for total in whole)
+        factors.append(together / alone if alone else 0.0)
+    return [(each[0] * factors[0], each[1] * factors[1]) for each in medians]
+
+
+def _fitted(node: Node, seconds: dict[int, tuple[float, float]]) -> MeasuredNode:
+    """What a sample takes and what a call takes, from micro-batches of one or two sizes."""
+    most = max(seconds)
+    fits = []
+    for way in (0, 1):
+        slope, call = seconds[most][way] / most, 0.0
+        if len(seconds) > 1:
+            least = min(seconds)
+            call = (seconds[least][way] - slope * least) / (1 - least / most)
+            call = min(max(call, 0.0), seconds[most][way])
+            slope = (seconds[most][way] - call) / most
+        fits.append((slope, call))
+    return MeasuredNode(node.name, node.meta["module"], fits[0][0], fits[1][0], fits[0][1], fits[1][1])
+
+
+def _whole(module: GraphModule, inputs: Sequence[Tensor], device: str) -> tuple[float, float]:
+    """Seconds of the whole graph, forward and backward."""
+    _synchronize(device)
+    start = time.perf_counter()
+    output = module(*inputs)
+    _synchronize(device)
+    middle = time.perf_counter()
+    found = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if found:
+        torch.autograd.backward(found, [torch.ones_like(leaf) for leaf in found])
+    _synchronize(device)
+    return middle - start, time.perf_counter() - middle
+
+
+class _NodeTimes(Interpreter):
+    """Runs each node on inputs that are cut off from what made them, and its backward at once behind it."""
+
+    def __init__(self, module: GraphModule, device: str) -> None:
+        super().__init__(module)
+        self._device = device
+        self._seconds: dict[Node, tuple[float, float]] = {}
+
+    def seconds(self) -> list[tuple[float, float]]:
+        """Of each node, in their order."""
+        return list(self._seconds.values())
+
+    def run_node(self, n: Node) -> Any:
+        """The node's result; its backward runs with a gradient of ones."""
+        if n.op in ("placeholder", "get_attr", "output"):
+            return super().run_node(n)
+        with ExitStack() as stack:
+            stack.enter_context(self._set_current_node(n))
+            args, kwargs = pytree.tree_map_only(Tensor, _cut_off, self.fetch_args_kwargs_from_env(n))
+            _synchronize(self._device)
+            start = time.perf_counter()
+            result = getattr(self, n.op)(n.target, args, kwargs)
+            _synchronize(self._device)
+            forward_s = time.perf_counter() - start
+        found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        backward_s = 0.0
+        if found:
+            gradients = [torch.ones_like(leaf) for leaf in found]
+            _synchronize(self._device)
+            start = time.perf_counter()
+            torch.autograd.backward(found, gradients)
+            _synchronize(self._device)
+            backward_s = time.perf_counter() - start
+        self._seconds[n] = forward_s, backward_s
+        return pytree.tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), result)
+
+
+def _cut_off(x: Tensor) -> Tensor:
+    """A copy that needs a gradient if the value did: no leaf, since a node may change it in place."""
+    if not x.requires_grad or isinstance(x, nn.Parameter):
+        return x
+    return x.detach().requires_grad_().clone()
+
+
+def _median(work: Callable[[], Any], device: str, repeats: int) -> float:
+    found = []
+    for number in range(-_WARM_UP, repeats):
+        _synchronize(device)
+        start = time.perf_counter()
+        with torch.no_grad():
+            work()
+        _synchronize(device)
+        if number >= 0:
+            found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("fxsplit", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("fxsplit")  # the same examples each time, however busy the machine
 
 
 @pytest.fixture(autouse=True)

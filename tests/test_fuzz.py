@@ -189,6 +189,10 @@ def test_codecs_send_what_they_say(spelling: str, shape: list[int], scale: float
         wire = codec.wire(spec)
     except FxsplitError:
         return
+    if spelling == "fp16" and x.numel() and float(x.abs().max()) > 65520:
+        with pytest.raises(FxsplitError, match="cannot hold values of this size"):
+            codec.encode(x)
+        return
     payload = codec.encode(x)
     assert [fxsplit.spec.TensorSpec.of(t) for t in payload] == list(wire)
     back = codec.decode(payload, spec)

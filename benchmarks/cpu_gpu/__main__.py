@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.gpus.__main__ import machine
-from benchmarks.gpus.running import Running, take_turns
+from benchmarks.gpus.running import Running, take_turns, throughput
 from benchmarks.readme import fill
 
 from .plot import draw
@@ -118,17 +117,14 @@ def table(found: Mapping[str, Any]) -> str:
         if not entry["seconds"]:
             lines.append(f"| {entry['name']} | fails: {entry['reason']} | | | | | |")
             continue
-        rates = [found["batch"] / seconds for seconds in entry["seconds"]]
-        ratios = [b / s for b, s in zip(base, entry["seconds"], strict=False)]
-        ratio = f"{statistics.median(ratios):.2f}" if ratios else ""
+        rate, spread, ratio = throughput(found["batch"], entry["seconds"], base)
         last = entry["last"]
         codes = " | ".join(
             " / ".join(f"{1e3 * last[what].get(worker, 0.0):.0f}" for worker in ("client", "server"))
             for what in ("encode_s", "decode_s")
         )
         lines.append(
-            f"| {entry['name']} | {statistics.median(rates):.0f} | {min(rates):.0f} - {max(rates):.0f} | {ratio} "
-            f"| {last['wire_bytes'] / 1e6:.1f} | {codes} |"
+            f"| {entry['name']} | {rate} | {spread} | {ratio} | {last['wire_bytes'] / 1e6:.1f} | {codes} |"
         )
     return "\n".join(lines)
 

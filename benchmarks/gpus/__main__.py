@@ -20,7 +20,7 @@ from benchmarks.readme import fill
 
 from .contenders import CONTENDERS, Contender
 from .plot import draw
-from .running import Failed, Running, take_turns
+from .running import Failed, Running, take_turns, throughput
 
 HERE = Path(__file__).parent
 MODULE = "benchmarks.gpus.contender"
@@ -168,12 +168,10 @@ def table(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
         if not row["seconds"]:
             lines.append(f"| {row['name']} | fails: {row['reason']} | | | | |")
             continue
-        rates = [row["batch"] / seconds for seconds in row["seconds"]]
-        ratios = [b / s for b, s in zip(base, row["seconds"], strict=False)]
-        ratio = f"{statistics.median(ratios):.2f}" if ratios else ""
+        rate, spread, ratio = throughput(row["batch"], row["seconds"], base)
         cuts = ", ".join(cut.rpartition(".")[2] for cut in row["facts"].get("cuts", ()))
         lines.append(
-            f"| {row['name']} | {statistics.median(rates):.0f} | {min(rates):.0f} - {max(rates):.0f} "
+            f"| {row['name']} | {rate} | {spread} "
             f"| {1e3 * statistics.median(row['seconds']):.1f} | {ratio} | {cuts} |"
         )
     return "\n".join([*lines, ""])

@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -196,3 +197,17 @@ def take_turns(
                 one.last = found
                 one.seconds.append(found["seconds"] / found["steps"])
                 one.queued_s.append(found["queued_s"] / found["steps"])
+
+
+def throughput(batch: int, seconds: Sequence[float], base: Sequence[float]) -> tuple[str, str, str]:
+    """Cells of a table: samples a second, their least and most, and what they are of another contender's.
+
+    Args:
+        batch: samples of a step.
+        seconds: of a step, by round.
+        base: the other's, of the same rounds; none for no ratio. The ratio is the median of the rounds' own.
+    """
+    rates = [batch / each for each in seconds]
+    ratios = [other / each for other, each in zip(base, seconds, strict=False)]
+    ratio = f"{statistics.median(ratios):.2f}" if ratios else ""
+    return f"{statistics.median(rates):.0f}", f"{min(rates):.0f} - {max(rates):.0f}", ratio

@@ -15,7 +15,6 @@ import torch
 
 from fxsplit.errors import PlanError
 from fxsplit.planning.document import (
-    SIZE_LIMIT,
     Reader,
     integer,
     list_of,
@@ -24,6 +23,7 @@ from fxsplit.planning.document import (
     read_object,
     text,
 )
+from fxsplit.planning.document import load as load_document
 
 CLIENT, WORKER = "client", "worker"
 """The roles of a process."""
@@ -154,22 +154,7 @@ class Calibration:
         Raises:
             PlanError: it cannot be read, or as `from_json`.
         """
-        try:
-            with Path(path).open("rb") as file:
-                content = file.read(SIZE_LIMIT + 1)
-            return cls.from_json(content.decode("utf-8"))
-        except OSError as error:
-            raise PlanError("the calibration cannot be read", where=path, found=error.strerror) from error
-        except UnicodeDecodeError as error:
-            raise PlanError("the calibration is damaged", where=path, found=str(error), allowed="UTF-8") from error
-        except PlanError as error:
-            raise PlanError(
-                error.what.replace("the plan", "the calibration"),
-                where=f"{path}, {error.where}" if error.where is not None else path,
-                found=error.found,
-                allowed=error.allowed,
-                hint=error.hint or "fxsplit calibrate MODEL",
-            ) from error
+        return load_document(path, "calibration", cls.from_json, hint="fxsplit calibrate MODEL")
 
     def check_model(self, model: str, fingerprint: str) -> None:
         """Checks that it is of this model.

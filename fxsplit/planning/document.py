@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -51,6 +53,39 @@ def parse_json(text: str, constants: bool = False) -> object:
         raise PlanError("the plan is damaged", where=place, found=error.msg, allowed="valid JSON") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets without end
         raise PlanError("the plan is damaged", found=str(error), allowed="valid JSON") from error
+
+
+def load(path: str | os.PathLike[str], name: str, parse: Callable[[str], T], hint: str | None = None) -> T:
+    """What `parse` makes of the text of a file.
+
+    Args:
+        path: the file.
+        name: what errors call it, "plan" say; `parse` says "the plan" for all.
+        parse: raises PlanError for text that it refuses.
+        hint: what to try, where `parse` says nothing.
+
+    Raises:
+        PlanError: it cannot be read, is too large, or as `parse`, with the path before the place.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(SIZE_LIMIT + 1)
+    except OSError as error:
+        raise PlanError(f"the {name} cannot be read", where=path, found=error.strerror) from error
+    if len(content) > SIZE_LIMIT:
+        raise PlanError(f"the {name} is too large", where=path, allowed=f"{SIZE_LIMIT} bytes")
+    try:
+        return parse(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise PlanError(f"the {name} is damaged", where=path, found=str(error), allowed="UTF-8") from error
+    except PlanError as error:
+        raise PlanError(
+            error.what.replace("the plan", f"the {name}"),
+            where=f"{path}, {error.where}" if error.where is not None else path,
+            found=error.found,
+            allowed=error.allowed,
+            hint=error.hint or hint,
+        ) from error
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -272,22 +272,7 @@ class Plan:
         Raises:
             PlanError: it cannot be read, or as `from_json`.
         """
-        try:
-            with Path(path).open("rb") as file:
-                content = file.read(document.SIZE_LIMIT + 1)
-        except OSError as error:
-            raise PlanError("the plan cannot be read", where=path, found=error.strerror) from error
-        if len(content) > document.SIZE_LIMIT:
-            raise PlanError("the plan is too large", where=path, allowed=f"{document.SIZE_LIMIT} bytes")
-        try:
-            return cls.from_json(content.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise PlanError("the plan is damaged", where=path, found=str(error), allowed="UTF-8") from error
-        except PlanError as error:
-            where = f"{path}, {error.where}" if error.where is not None else path
-            raise PlanError(
-                error.what, where=where, found=error.found, allowed=error.allowed, hint=error.hint
-            ) from error
+        return document.load(path, "plan", cls.from_json)
 
     def report(self) -> Report:
         """The plan as a table: one row a stage, with what crosses the cut before it."""

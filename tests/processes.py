@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+SOON_S = 20.0
+"""Longer than what is done at once takes on a busy machine; shorter than the time-out of 30 s that ends a wait."""
+
 
 def worker_processes() -> list[int]:
     """Process ids of the fxsplit workers that this process has started and that are not gone."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -80,7 +79,11 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_refused_before_any_worker_starts(case: str) -> None:
+def test_refused_before_any_worker_starts(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*args: object) -> None:
+        raise AssertionError("a worker is started")
+
+    monkeypatch.setattr("fxsplit.runtime.rpc.WorkerProcess", start)
     changed, words = CASES[case]
     arguments: dict[str, Any] = {
         "model": Tiny(),
@@ -88,10 +91,8 @@ def test_refused_before_any_worker_starts(case: str) -> None:
         "example_inputs": torch.ones(4, 3),
     }
     arguments.update(changed)
-    start = time.monotonic()
     with pytest.raises(FxsplitError) as caught:
         fxsplit.compile(**arguments)
-    assert time.monotonic() - start < 5  # a second, on a machine that does nothing else
     for word in words:
         assert word in str(caught.value), f"'{word}' is not in: {caught.value}"
 

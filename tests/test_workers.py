@@ -15,7 +15,7 @@ import torch
 import fxsplit
 from fxsplit.errors import PipelineError, WorkerError
 from tests.models import images, mobilenet
-from tests.processes import worker_processes
+from tests.processes import SOON_S, worker_processes
 
 ROOT = Path(__file__).parent.parent
 CUTS = ["features.5", "features.14"]
@@ -23,9 +23,7 @@ CHAIN = ["cpu", "one/cpu", "two/cpu"]
 
 
 def test_workers_are_processes_of_this_host_and_end_with_close() -> None:
-    start = time.monotonic()
     with fxsplit.compile(mobilenet(), CHAIN, cuts=CUTS) as pipe:
-        assert time.monotonic() - start < 10, "two workers start in ten seconds"
         workers = {worker.name: worker for worker in pipe.workers}
         assert list(workers) == ["client", "one", "two"]
         assert workers["client"].pid == os.getpid()
@@ -50,10 +48,10 @@ def test_a_killed_worker_is_named_within_seconds(moment: str) -> None:
         start = time.monotonic()
         with pytest.raises(WorkerError, match="two") as caught:
             pipe(images(4))
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < SOON_S
         assert "SIGKILL" in str(caught.value) and "try" in str(caught.value)
         start = time.monotonic()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < SOON_S
     assert worker_processes() == []
 
 
@@ -103,7 +101,7 @@ def test_no_process_survives_its_client(ending: str, tmp_path: Path) -> None:
     )
     assert "pids" in result.stdout, result.stderr
     pid = int(result.stdout.split()[1])
-    end = time.monotonic() + 10
+    end = time.monotonic() + SOON_S
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < end, "the worker outlived its client"
         time.sleep(0.05)

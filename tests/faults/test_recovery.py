@@ -59,6 +59,7 @@ def test_without_snapshots_it_says_so(tmp_path: Path) -> None:
 
 SCRIPT = """
 import os, signal, sys, threading, time
+from pathlib import Path
 import fxsplit, torch
 from tests.faults.scripts import *
 
@@ -69,6 +70,7 @@ with fxsplit.compile(small_model(), CHAIN, cuts=CUTS, chunks=2, verify=False, sn
     torch.manual_seed(1)
     def at(step):
         if step == int(moment_s):
+            await_true(lambda: any(Path(directory).glob("*/manifest.json")), 30.0, "no snapshot is written")
             threading.Timer(moment_s % 1 / 20, os.kill, (os.getpid(), signal.SIGKILL)).start()
     print("from", pipe.committed_steps, flush=True)
     torch.save(train(pipe, 12, at), out)

@@ -128,7 +128,7 @@ def case(seed: int) -> tuple[CostTable, list[str], dict[str, Any], dict[str, Any
         "gradient_compressor": draw.choice(["auto", "none"] if is_auto else ["same", "none", "uniform8"]),
         "guard": Guard(("uniform4", "fastquant8")[: draw.randint(1, 2)], ("uniform8",)),
         "chunks": draw.choice([1, 2, 5, "auto"]) if len(devices) < 4 else draw.choice([1, 3]),
-        "schedule": draw.choice(["gpipe", "gpipe", "gpipe", "interleaved", "1f1b", "zero-bubble"]),
+        "schedule": draw.choice(["gpipe", "gpipe", "gpipe", "interleaved", "1f1b", "zero-bubble", "auto"]),
         "placement": draw.choice(["given", "auto"]),
         "objective": draw.choice(["step", "step", "step", "latency", "throughput", "price"]),
         "price": {device: draw.choice([0.5, 1.0, 3.0]) for device in devices},

@@ -173,3 +173,23 @@ def test_simulated_times_by_hand() -> None:
 def test_an_unknown_schedule() -> None:
     with pytest.raises(PlanError, match="gpipe"):
         schedule("zigzag")
+
+
+@pytest.mark.parametrize("kind", SCHEDULES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("workers", ["ab", "aba", "abc", "abab"])
+def test_only_a_step_that_is_not_below_the_limit_is_left_unfinished(kind: type[Schedule], workers: str) -> None:
+    made, left = kind(), 0
+    if not takes(kind, workers, 5):
+        return
+    for scale in (0.01, 1.0, 10.0):  # of the links
+        hops = {pair: Hop(hop.encode_s, scale * hop.wire_s) for pair, hop in uneven(len(workers)).forward.items()}
+        times = Times(uneven(len(workers)).stages, hops, hops)
+        clock = made.simulated(workers, 5, times)
+        assert clock is not None
+        assert clock.step_s == simulate(made.orders(workers, 5, times), workers, times).step_s
+        for share in (0.2, 0.6, 0.9, 0.99, 1.0, 1.01, 2.0):
+            found = made.simulated(workers, 5, times, share * clock.step_s)
+            assert found is not None or share <= 1.0
+            assert found is None or found.step_s == clock.step_s
+            left += found is None
+    assert left >= 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from fxsplit.costs import CostTable
 from fxsplit.planning.devices import Placement
@@ -64,8 +65,9 @@ class Draft:
         codecs: Codecs,
         chunks: int,
         names: Sequence[str] | None = None,
+        most: float = inf,
     ) -> Draft:
-        """All that follows from a choice.
+        """All that follows from a choice; its value may be infinite if it is not below `most`.
 
         Raises:
             PlanError: the schedule is not for these stages and micro-batches.
@@ -79,8 +81,10 @@ class Draft:
         times = times_of(
             parts, edges, placements, problem.links, problem.profile, chunks, with_outputs=not training
         )
+        price_per_s = problem.objective.price_per_s(placement.spelling for placement in placements)
+        most_s = most / price_per_s if price_per_s else inf
         workers = stages.workers if training else (*stages.workers, placements[0].worker)
-        outcome = problem.outcome(times, workers, chunks)
+        outcome = problem.outcome(times, workers, chunks, most_s)
         if outcome.live != (chunks,) * len(placements):
             parts = stages.parts(edges, chunks, outcome.live)
         return cls(
@@ -94,7 +98,7 @@ class Draft:
             parts,
             times,
             outcome,
-            problem.objective.price_per_s(placement.spelling for placement in placements),
+            price_per_s,
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from fxsplit.compressors import compressor
 from fxsplit.compressors.learned import split_learned
@@ -55,7 +56,7 @@ class Outcome:
     """What is predicted of a plan.
 
     Attributes:
-        seconds: of a training step, or of the forwards of a batch.
+        seconds: of a training step, or of the forwards of a batch; infinite if they are more than were asked for.
         live: micro-batches that each stage keeps at one time, at most.
     """
 
@@ -137,15 +138,22 @@ def _and(one: Hop, other: Hop) -> Hop:
 
 
 def outcome_of(
-    times: Times, workers: Sequence[str], chunks: int, schedule: Schedule, objective: Objective
+    times: Times,
+    workers: Sequence[str],
+    chunks: int,
+    schedule: Schedule,
+    objective: Objective,
+    most_s: float = inf,
 ) -> Outcome:
-    """What the simulation says.
+    """What the simulation says; infinite seconds, without it, if a training step is seen not to be below `most_s`.
 
     Raises:
         PlanError: the schedule is not for these stages and micro-batches.
     """
     if objective.is_training:
-        clock = replayed(schedule.orders(workers, chunks, times), workers, times)
+        clock = schedule.simulated(workers, chunks, times, most_s)
+        if clock is None:
+            return Outcome(inf, (chunks,) * len(workers))
         return Outcome(clock.step_s, tuple(clock.most_live))
     orders: dict[str, list[Action]] = {worker: [] for worker in workers}
     for stage, worker in enumerate(workers):

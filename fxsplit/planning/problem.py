@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
+from math import inf
 
 import numpy as np
 
@@ -137,15 +138,20 @@ class Problem:
         """The latest."""
         return {}
 
-    def outcome(self, times: Times, workers: tuple[str, ...], chunks: int) -> Outcome:
+    def outcome(self, times: Times, workers: tuple[str, ...], chunks: int, most_s: float = inf) -> Outcome:
         """What the simulation says; codecs of the same speed and bytes are simulated once.
+
+        A step that is seen not to be below `most_s` is not simulated to its end: its seconds are infinite.
 
         Raises:
             PlanError: the schedule is not for these stages and micro-batches.
         """
         key = times.stages, tuple(times.forward.items()), tuple(times.backward.items()), workers, chunks
         if key not in self._outcomes:
-            self._outcomes[key] = outcome_of(times, workers, chunks, schedule(self.schedule), self.objective)
+            found = outcome_of(times, workers, chunks, schedule(self.schedule), self.objective, most_s)
+            if found.seconds == inf:
+                return found
+            self._outcomes[key] = found
         return self._outcomes[key]
 
     @cached_property

@@ -169,7 +169,9 @@ class Search:
             tuple(back[cut][chosen[count + axis]] for axis, cut in enumerate(option.cuts)),
         )
         self._drafts += 1
-        return Draft.of(self._problem, option.placements, positions, codecs, option.chunks)
+        # While nothing keeps the budget, a slower plan may be the better one.
+        most = self._key[1] * (1.0 - SAME / 2) if self._key[0] <= 0 else float("inf")
+        return Draft.of(self._problem, option.placements, positions, codecs, option.chunks, most=most)
 
     def _look_at(self, draft: Draft) -> None:
         broken = violations(draft, self._problem.costs, self._problem.budget)

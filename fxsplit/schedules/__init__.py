@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from fxsplit.errors import PlanError
-from fxsplit.schedules.action import Action, Orders, Schedule, Work
+from fxsplit.schedules.action import Action, Orders, Work
 from fxsplit.schedules.auto import Auto
+from fxsplit.schedules.base import Schedule
 from fxsplit.schedules.fixed import GPipe, Interleaved, OneForwardOneBackward, ZeroBubble
 from fxsplit.schedules.simulation import Span, Timeline, check, simulate
 from fxsplit.schedules.times import Hop, StageTimes, Times

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, TypeAlias
-
-from fxsplit.errors import PlanError
-from fxsplit.schedules.times import Times
+from typing import TypeAlias
 
 
 class Work(StrEnum):
@@ -60,46 +56,3 @@ class Action:
 
 Orders: TypeAlias = Mapping[str, Sequence[Action]]
 """The actions of each worker, in its order."""
-
-
-class Schedule(ABC):
-    """Orders the actions of a training step.
-
-    Every schedule does the forwards of a stage in the order of the micro-batches, and its backwards, and its
-    weight gradients: so sums of gradients are rounded as in a plain accumulation loop, whatever the schedule.
-    """
-
-    name: ClassVar[str]
-    follows_times: ClassVar[bool] = False
-    """Whether the orders depend on `times`."""
-
-    @abstractmethod
-    def orders(self, workers: Sequence[str], chunks: int, times: Times) -> dict[str, list[Action]]:
-        """What each worker does.
-
-        Args:
-            workers: the worker of each stage, in the order of the stages.
-            chunks: micro-batches of the batch.
-            times: what the work of a micro-batch takes.
-
-        Raises:
-            PlanError: the stages and micro-batches are not for this schedule.
-        """
-
-    def live_limit(self, stage: int, stage_count: int, chunks: int) -> int:
-        """Micro-batches that a stage keeps activations of at one time, at most."""
-        return chunks
-
-    def check_chunks(self, stage_count: int, chunks: int) -> None:
-        """Refuses a batch of too few micro-batches for this schedule: a pipeline of them would never be full.
-
-        Raises:
-            PlanError: always then.
-        """
-        if chunks < stage_count:
-            raise PlanError(
-                f"{self.name} has too few micro-batches to fill the pipeline",
-                found=f"chunks={chunks}",
-                allowed=f"at least {stage_count}, one for each stage",
-                hint="more chunks, or schedule='gpipe' or 'auto', which take any number",
-            )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import inf
 from typing import ClassVar
 
 from fxsplit.errors import PlanError
-from fxsplit.schedules.action import Action, Schedule
+from fxsplit.schedules.action import Action
+from fxsplit.schedules.base import Schedule
 from fxsplit.schedules.fixed import GPipe, Interleaved, OneForwardOneBackward, ZeroBubble
 from fxsplit.schedules.listing import backward_first, listed, longest_path_first
 from fxsplit.schedules.simulation import Clock, replayed
@@ -30,30 +32,42 @@ class Auto(Schedule):
 
     def orders(self, workers: Sequence[str], chunks: int, times: Times) -> dict[str, list[Action]]:
         """The orders with the shortest simulated step."""
-        found: list[tuple[float, int, int, dict[str, list[Action]]]] = []
-        for is_split in (False, True):
-            for orders, clock in _candidates(workers, chunks, times, is_split):
-                price = clock.step_s * (1.0 + (WORTH_A_SPLIT if is_split else 0.0))
-                found.append((price, clock.most_bytes, len(found), orders))
+        return self._best(workers, chunks, times)[0]
+
+    def simulated(self, workers: Sequence[str], chunks: int, times: Times, most_s: float = inf) -> Clock | None:
+        """The simulation of its orders, without a second one of those that are chosen."""
+        if most_s < inf and all(clock.is_late for _, clock, _ in _candidates(workers, chunks, times, most_s)):
+            return None
+        return self._best(workers, chunks, times)[1]
+
+    def _best(self, workers: Sequence[str], chunks: int, times: Times) -> tuple[dict[str, list[Action]], Clock]:
+        found: list[tuple[float, int, int, dict[str, list[Action]], Clock]] = []
+        for orders, clock, is_split in _candidates(workers, chunks, times):
+            price = clock.step_s * (1.0 + (WORTH_A_SPLIT if is_split else 0.0))
+            found.append((price, clock.most_bytes, len(found), orders, clock))
         best = min(price for price, *_ in found)
         as_fast = [entry for entry in found if entry[0] <= best * (1.0 + _SAME_TIME)]
-        return min(as_fast, key=lambda entry: entry[1:3])[-1]
+        return min(as_fast, key=lambda entry: entry[1:3])[-2:]
 
 
 def _candidates(
-    workers: Sequence[str], chunks: int, times: Times, is_split: bool
-) -> Iterator[tuple[dict[str, list[Action]], Clock]]:
+    workers: Sequence[str], chunks: int, times: Times, most_s: float = inf
+) -> Iterator[tuple[dict[str, list[Action]], Clock, bool]]:
+    """Orders, their simulation, and whether backwards are split in them."""
     priorities = (backward_first, longest_path_first(times))
-    for priority in priorities:
-        orders, clock = listed(workers, chunks, times, priority, is_split=is_split)
-        # From several senders packets may come to a decoder in another order than they were listed in.
-        yield orders, clock if len(set(workers)) < 3 else replayed(orders, workers, times)
-    fixed: tuple[Schedule, ...] = (
-        (ZeroBubble(),) if is_split else (GPipe(), OneForwardOneBackward(), Interleaved())
-    )
-    for schedule in fixed:
-        try:
-            orders = schedule.orders(workers, chunks, times)
-        except PlanError:  # not for these workers and micro-batches
-            continue
-        yield orders, replayed(orders, workers, times)
+    for is_split in (False, True):
+        for priority in priorities:
+            orders, clock = listed(workers, chunks, times, priority, is_split=is_split, most_s=most_s)
+            if not clock.is_late and len(set(workers)) > 2:
+                # From several senders packets may come to a decoder in another order than they were listed in.
+                clock = replayed(orders, workers, times, chunks, most_s)
+            yield orders, clock, is_split
+        fixed: tuple[Schedule, ...] = (
+            (ZeroBubble(),) if is_split else (GPipe(), OneForwardOneBackward(), Interleaved())
+        )
+        for schedule in fixed:
+            try:
+                orders = schedule.orders(workers, chunks, times)
+            except PlanError:  # not for these workers and micro-batches
+                continue
+            yield orders, replayed(orders, workers, times, chunks, most_s), is_split

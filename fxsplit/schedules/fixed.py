@@ -7,7 +7,8 @@ from functools import lru_cache
 from typing import ClassVar
 
 from fxsplit.errors import PlanError
-from fxsplit.schedules.action import Action, Schedule, Work
+from fxsplit.schedules.action import Action, Work
+from fxsplit.schedules.base import Schedule
 from fxsplit.schedules.listing import backward_first, list_schedule
 from fxsplit.schedules.times import Times
 

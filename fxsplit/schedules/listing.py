@@ -8,7 +8,10 @@ longest path as the priority it fits itself to slow links and uneven devices.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import inf
 from typing import Any
 
 from fxsplit.schedules.action import Action, Work
@@ -48,13 +51,12 @@ def listed(
     priority: Priority,
     live_limit: Callable[[int], int] | None = None,
     is_split: bool = False,
+    most_s: float = inf,
 ) -> tuple[dict[str, list[Action]], Clock]:
-    """The orders of `list_schedule`, and the simulation in which they were found."""
-    clock, count = Clock(workers, times), len(workers)
+    """The orders of `list_schedule`, and the simulation in which they were found; of a late one, the beginning."""
+    clock, count = Clock(workers, times, chunks, most_s), len(workers)
     kinds = (Work.FORWARD, Work.INPUT, Work.WEIGHT) if is_split else (Work.FORWARD, Work.BACKWARD)
-    queues = {(s, work): [Action(s, m, work) for m in range(chunks)] for s in range(count) for work in kinds}
-    ordered = sorted((priority(a), a.stage, a.micro_batch, a.work, a) for queue in queues.values() for a in queue)
-    rank = {id(entry[-1]): index for index, entry in enumerate(ordered)}
+    queues = _queues(priority, count, chunks, kinds)
     limits = [chunks if live_limit is None else live_limit(stage) for stage in range(count)]
     next_of = dict.fromkeys(queues, 0)
     orders: dict[str, list[Action]] = {worker: [] for worker in workers}
@@ -66,15 +68,15 @@ def listed(
             head = next_of[stage, work]
             if head == chunks or (stage, work) in offered:
                 continue
-            action = queues[stage, work][head]
+            place, action = queues[stage, work][head]
             is_full = work is Work.FORWARD and clock.live[stage] >= limits[stage]
             if not is_full and clock.is_able(action):
                 offered.add((stage, work))
-                heapq.heappush(able, (clock.begin_s(action), rank[id(action)], action))
+                heapq.heappush(able, (clock.begin_s(action), place, action))
 
     for stage in range(count):
         offer(stage)
-    while able:
+    while able and not clock.is_late:
         begin, place, action = able[0]
         if (now := clock.begin_s(action)) > begin:
             heapq.heapreplace(able, (now, place, action))
@@ -88,10 +90,43 @@ def listed(
     return orders, clock
 
 
+@lru_cache(maxsize=64)  # a planner asks for the same again and again
+def _queues(
+    priority: Priority, count: int, chunks: int, kinds: tuple[Work, ...]
+) -> Mapping[tuple[int, Work], Sequence[tuple[int, Action]]]:
+    """For each stage and kind of work: its actions by micro-batch, each with its place among all actions."""
+    actions = [Action(stage, m, work) for stage in range(count) for work in kinds for m in range(chunks)]
+    actions.sort(key=lambda a: (priority(a), a.stage, a.micro_batch, a.work))
+    queues: dict[tuple[int, Work], list[tuple[int, Action]]] = {(s, w): [] for s in range(count) for w in kinds}
+    for place, action in enumerate(actions):
+        queues[action.stage, action.work].append((place, action))
+    for queue in queues.values():
+        queue.sort(key=lambda entry: entry[1].micro_batch)
+    return queues
+
+
 def backward_first(action: Action) -> Any:
     """Backwards before forwards, of these the deepest; weight gradients when there is nothing else to do."""
     order = {Work.BACKWARD: 0, Work.INPUT: 0, Work.FORWARD: 1, Work.WEIGHT: 2}
     return order[action.work], action.micro_batch if action.sends_gradients else -action.stage, action.micro_batch
+
+
+@dataclass(frozen=True)
+class _LongestFirst:
+    """A priority for each stage; equal for all times that rank the stages in the same way.
+
+    Attributes:
+        ahead: of the forwards: the place of the way from there to the end of the step, the longest first.
+        back: the same of the backwards.
+    """
+
+    ahead: tuple[int, ...]
+    back: tuple[int, ...]
+
+    def __call__(self, action: Action) -> Any:
+        if action.work is Work.WEIGHT:
+            return 1, 0, action.micro_batch
+        return 0, (self.ahead if action.is_forward else self.back)[action.stage], action.micro_batch
 
 
 def longest_path_first(times: Times) -> Priority:
@@ -108,14 +143,8 @@ def longest_path_first(times: Times) -> Priority:
         hops = [(t, times.forward.get((stage, t), Hop())) for t in targets[stage]]
         after = max((_whole(hop) + ahead[t] for t, hop in hops), default=back[stage])
         ahead[stage] = times.stages[stage].forward_s + after
-
-    def priority(action: Action) -> Any:
-        if action.work is Work.WEIGHT:
-            return 1, 0.0, action.micro_batch
-        rank = ahead[action.stage] if action.is_forward else back[action.stage]
-        return 0, -rank, action.micro_batch
-
-    return priority
+    place = {way: index for index, way in enumerate(sorted({*ahead, *back}, reverse=True))}
+    return _LongestFirst(tuple(place[way] for way in ahead), tuple(place[way] for way in back))
 
 
 def _whole(hop: Hop) -> float:

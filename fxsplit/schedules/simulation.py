@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from fxsplit.errors import PlanError
 from fxsplit.schedules.action import Action, Orders, Work
@@ -64,9 +65,14 @@ class Clock:
     Args:
         workers: the worker of each stage.
         times: what the work takes.
+        chunks: micro-batches of the step; needed for `most_s` only.
+        most_s: a step that is not below is not worth its simulation.
+
+    Attributes:
+        is_late: whether some worker has been idle for so long that the step cannot be below `most_s`.
     """
 
-    def __init__(self, workers: Sequence[str], times: Times) -> None:
+    def __init__(self, workers: Sequence[str], times: Times, chunks: int = 0, most_s: float = inf) -> None:
         self.workers = tuple(workers)
         self.times = times
         self.step_s = 0.0
@@ -95,6 +101,10 @@ class Clock:
             [1] * count,
         )
         self._log: list[tuple[int, Action, float, float]] = []
+        self._spare = [most_s] * len(self._free)  # seconds that each worker may still be idle
+        for home, stage in zip(self._home, times.stages, strict=True):
+            self._spare[home] -= chunks * (stage.forward_s + stage.backward_s)
+        self.is_late = min(self._spare) <= 0.0
 
     def begin_s(self, action: Action) -> float:
         """When an action can begin; nothing of what it needs may be missing."""
@@ -126,10 +136,14 @@ class Clock:
         """Does an action of which nothing is missing, as soon as its worker is free; returns who got something."""
         stage, m, work = action.stage, action.micro_batch, action.work
         first = m * self._count
+        home = self._home[stage]
         begin = self.begin_s(action)
         end = begin + self._seconds[work][stage]
-        self._free[self._home[stage]] = end
-        self._note(self._home[stage], action, begin, end)
+        if begin > self._free[home]:
+            self._spare[home] -= begin - self._free[home]
+            self.is_late = self.is_late or self._spare[home] <= 0.0
+        self._free[home] = end
+        self._note(home, action, begin, end)
         touched = [stage]
         if work is Work.FORWARD:
             self._keep(stage, 1)
@@ -232,9 +246,9 @@ def simulate(orders: Orders, workers: Sequence[str], times: Times) -> Timeline:
     return replayed(orders, workers, times).timeline()
 
 
-def replayed(orders: Orders, workers: Sequence[str], times: Times) -> Clock:
-    """The simulation of orders at its end; as `simulate`, for those who need no spans."""
-    clock = Clock(workers, times)
+def replayed(orders: Orders, workers: Sequence[str], times: Times, chunks: int = 0, most_s: float = inf) -> Clock:
+    """The simulation of orders at its end, or where it was late; as `simulate`, for those who need no spans."""
+    clock = Clock(workers, times, chunks, most_s)
     left = {worker: iter(actions) for worker, actions in orders.items()}
     heads = {worker: head for worker, actions in left.items() if (head := next(actions, None)) is not None}
     rank = {worker: index for index, worker in enumerate(orders)}
@@ -242,6 +256,8 @@ def replayed(orders: Orders, workers: Sequence[str], times: Times) -> Clock:
     heapq.heapify(able)
     waiting = heads.keys() - {worker for _, _, worker in able}
     while able:
+        if clock.is_late:
+            return clock
         _, _, worker = heapq.heappop(able)
         touched = clock.run(heads.pop(worker))
         if (head := next(left[worker], None)) is not None:

@@ -7,6 +7,8 @@ GPU takes microseconds.
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
 from fxsplit.compressors import (
     cuda_kernels,
@@ -18,6 +20,7 @@ from fxsplit.compressors import (
 from fxsplit.compressors.grouping import Layout
 from fxsplit.compressors.ranges import RangeRule
 from fxsplit.compressors.scheme import Scheme
+from fxsplit.compressors.triton_ranges import GREATEST, float_key, kth_key, value_of
 from fxsplit.spec import TensorSpec
 from tests.test_compressors_kernels import data
 
@@ -44,8 +47,41 @@ def shrink() -> None:
             setattr(module, name, SMALL[name])
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def kth_kernel(
+    values_at: tl.tensor,
+    ranks_at: tl.tensor,
+    found_at: tl.tensor,
+    size: tl.tensor,
+    SLACK: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The value of a rank; grid (ranks,)."""
+    lanes = tl.arange(0, BLOCK)
+    keys = float_key(tl.load(values_at + lanes, mask=lanes < size, other=0.0))
+    key = kth_key(tl.where(lanes < size, keys, GREATEST), tl.load(ranks_at + tl.program_id(0)), SLACK)
+    tl.store(found_at + tl.program_id(0), value_of(key))
+
+
+def check_ranks() -> None:
+    """Every value that a sort has, with many that are equal, with far outliers, and with infinities."""
+    ranks = torch.tensor([0, 1, 70, 249, 250, 251, 400, 498, 499], dtype=torch.int32)
+    for kind in ("gaussian", "relu", "integers", "heavy", "outliers"):
+        x = data(500, "gaussian" if kind == "outliers" else kind)
+        if kind == "outliers":
+            x[:6] = torch.tensor([torch.inf, -torch.inf, 3e38, -3e38, 1e-45, 0.0])
+        ordered = x.sort().values
+        for slack in (0, 8):
+            found = torch.full((len(ranks),), torch.nan)
+            kth_kernel[len(ranks),](x, ranks, found, 500, SLACK=slack, BLOCK=512)
+            for rank, value in zip(ranks.tolist(), found.tolist(), strict=True):
+                allowed = ordered[max(0, rank - slack) : rank + 1]
+                assert bool((allowed == value).any()), (kind, slack, rank, value)
+
+
 def main() -> None:
     """Raises if a number differs; kernels that give up, which they may, say NaN."""
+    check_ranks()
     shrink()
     gave_up = 0
     for layout, rule, kind in CASES:

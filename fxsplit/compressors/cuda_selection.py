@@ -34,6 +34,7 @@ BIN = 512
 """About how many elements there are to be in a bin of a bracket."""
 
 KEPT, MAX_SEGMENTS = int(triton_brackets.KEPT.value), int(triton_brackets.MAX_SEGMENTS.value)
+SLACK = int(triton_brackets.SLACK.value)
 
 _bracket = Launcher(triton_brackets.bracket_kernel)
 _sample = Launcher(triton_brackets.sample_kernel)
@@ -121,9 +122,9 @@ class Recipe:
         stride, spacing = _prime_to(size, -(-size // sample)), _prime_to(size, spacing)
         runs = -(-size // (8 * spacing))
         samples = 8 * (runs - 1) + min(8, size - 8 * spacing * (runs - 1))
-        # A bracket is 4 standard deviations wide to both sides, at most 2 * sqrt(sample) elements of the sample;
-        # a window is 6 of the large sample, and a bin.
-        bracketed = size * (4 * math.isqrt(sample) + 8) // sample
+        # A bracket is 4 standard deviations wide to both sides, at most 2 * sqrt(sample) elements of the sample,
+        # and twice its slack; a window is 6 of the large sample, and a bin.
+        bracketed = size * (4 * math.isqrt(sample) + 8 + 2 * (sample // SLACK)) // sample
         bins = min(2048, max(64, power_of_2(bracketed // BIN)))
         gathered = boundaries * (size // samples * 6 * math.isqrt(samples) + 4 * bracketed // bins)
         # Of up to 1023 blocks each.

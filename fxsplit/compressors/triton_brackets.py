@@ -43,6 +43,9 @@ BRACKETS, WINDOWS = tl.constexpr(16), tl.constexpr(64)
 """Low and high end of each, float32; then for each end whether it repeats. An end of a bracket is an element,
 one of a window need not be: there 2 says that it repeats, 1 that it is an element at least."""
 
+SLACK = tl.constexpr(512)
+"""An end of a bracket is found but for one in so many of the small sample: it need not be the very rank."""
+
 PLACES = tl.constexpr(32)
 """For each of six ranks: its bin, or -1; its rank inside it; how many are in it; and the value, float32, that a
 rank in no bin has, or NaN."""
@@ -102,8 +105,8 @@ def bracket_kernel(
         share = rank.to(tl.float32) / size.to(tl.float32)
         spread = 4 * tl.sqrt(tl.maximum(samples.to(tl.float32) * share * (1 - share), 0.0)) + 2
         margin = spread.to(tl.int32)
-        nth = tl.where(side == 0, rank // stride - margin, tl.cdiv(rank, stride) + margin)
-        value = value_of(kth_key(keys, tl.minimum(tl.maximum(nth, 0), samples - 1)))
+        nth = tl.where(side == 0, rank // stride - margin, tl.cdiv(rank, stride) + margin + BLOCK // SLACK)
+        value = value_of(kth_key(keys, tl.minimum(tl.maximum(nth, 0), samples - 1), BLOCK // SLACK))
         equal = (keys != GREATEST) & (value_of(keys) == value)  # zeros of both signs
         repeats = (tl.sum(equal.to(tl.int32), 0) > 1) & (nth >= 0) & (nth < samples)
         value = tl.where(nth < 0, -INFINITY, tl.where(nth >= samples, INFINITY, value))

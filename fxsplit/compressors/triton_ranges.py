@@ -28,11 +28,12 @@ def float_key(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def kth_keys(keys: tl.tensor, k: tl.tensor, also_k: tl.tensor) -> tl.tensor:
-    """The keys of two ranks, from 0, of at most 2**15 keys; GREATEST stands for no key.
+def kth_key(keys: tl.tensor, k: tl.tensor, slack: tl.constexpr = 0) -> tl.tensor:
+    """The key of a rank, from 0, of at most 2**15 keys, or that of one up to `slack` below; GREATEST is no key.
 
-    Of each, the key is above `low` and up to `high`. Both searches ask at one place at a time, mostly where the
-    key would be if values were equally likely, and count in the halves of one sum.
+    It is above `low` and up to `high`. Keys are counted up to two places at a time, in the halves of one sum: just
+    below and just above where the key would be if values were equally likely. Every fourth time, the places are
+    the least key above `low`, which may be there many times, and the middle, so that the end is near at worst.
     """
     is_key = keys != GREATEST
     least = tl.min(keys, 0)
@@ -40,53 +41,35 @@ def kth_keys(keys: tl.tensor, k: tl.tensor, also_k: tl.tensor) -> tl.tensor:
     number = tl.sum(is_key.to(tl.int32), 0)
     low = tl.maximum(least, -GREATEST) - 1  # that of a NaN may be the least of all integers
     low_count, high, high_count = number * 0, greatest, number
-    also_low, also_low_count, also_high, also_high_count = low, low_count, high, high_count
     step = number * 0
-    going = (low + 1 < high) & (number > 1)
-    while going:
-        at = between(k, low, low_count, high, high_count, step)
-        also_at = between(also_k, also_low, also_low_count, also_high, also_high_count, step)
+    while (low + 1 < high) & (high_count - low_count > 1 + slack):
+        middle = ((low.to(tl.int64) + high.to(tl.int64)) >> 1).to(tl.int32)
+        inside = (high_count - low_count).to(tl.float32)
+        wanted, margin = (k - low_count).to(tl.float32), 0.5 * tl.sqrt(inside) + 1
+        at = guess(wanted - margin, inside, low, high, middle)
+        also_at = guess(wanted + margin, inside, low, high, middle)
+        if step % 4 == 3:
+            low = tl.min(tl.where(keys > low, keys, GREATEST), 0) - 1
+            at, also_at = low + 1, tl.maximum(middle, low + 1)
         counts = tl.sum((keys <= at).to(tl.int32) + ((keys <= also_at).to(tl.int32) << 16), 0)
         count, also_count = counts & 0xFFFF, (counts >> 16) & 0xFFFF
-        low, low_count = tl.where(count > k, low, at), tl.where(count > k, low_count, count)
-        high, high_count = tl.where(count > k, at, high), tl.where(count > k, count, high_count)
-        also_more = also_count > also_k
-        also_low_count = tl.where(also_more, also_low_count, also_count)
-        also_low = tl.where(also_more, also_low, also_at)
-        also_high_count = tl.where(also_more, also_count, also_high_count)
-        also_high = tl.where(also_more, also_at, also_high)
+        is_below, is_between = count > k, (count <= k) & (also_count > k)
+        high = tl.where(is_below, at, tl.where(is_between, also_at, high))
+        high_count = tl.where(is_below, count, tl.where(is_between, also_count, high_count))
+        low = tl.where(is_below, low, tl.where(is_between, at, also_at))
+        low_count = tl.where(is_below, low_count, tl.where(is_between, count, also_count))
         step += 1
-        going = (low + 1 < high) & (high_count - low_count > 1)
-        going = going | ((also_low + 1 < also_high) & (also_high_count - also_low_count > 1))
-    key = tl.min(tl.where(keys > low, keys, GREATEST), 0)
-    return key, tl.min(tl.where(keys > also_low, keys, GREATEST), 0)
+    return tl.min(tl.where(keys > low, keys, GREATEST), 0)
 
 
 @triton.jit
-def between(
-    k: tl.tensor,
-    low: tl.tensor,
-    low_count: tl.tensor,
-    high: tl.tensor,
-    high_count: tl.tensor,
-    step: tl.tensor,
-) -> tl.tensor:
-    """A key from `low` to `high` - 1 to ask at; every third in the middle, so that the end is near at worst."""
-    middle = ((low.to(tl.int64) + high.to(tl.int64)) >> 1).to(tl.int32)
+def guess(wanted: tl.tensor, inside: tl.tensor, low: tl.tensor, high: tl.tensor, middle: tl.tensor) -> tl.tensor:
+    """A key above `low` and below `high`: that of a rank among those inside, if these were evenly spaced."""
     first, last = value_of(low), value_of(high)
-    share = (k - low_count + 0.5) / tl.maximum(high_count - low_count, 1).to(tl.float32)
-    guess = first * (1 - share) + last * share
-    is_usual = (guess >= first) & (guess < last) & (step % 3 < 2)  # not if an end is NaN
-    at = tl.where(is_usual, float_key(guess), middle)
-    at = tl.minimum(tl.maximum(at, low), high - 1)
-    return tl.where(at == low, tl.minimum(low + 1, high - 1), at)
-
-
-@triton.jit
-def kth_key(keys: tl.tensor, k: tl.tensor) -> tl.tensor:
-    """The key of a rank; see `kth_keys`."""
-    key, _ = kth_keys(keys, k, k)
-    return key
+    share = (tl.minimum(tl.maximum(wanted, 0.0), inside - 1) + 0.5) / inside
+    value = first * (1 - share) + last * share
+    at = tl.where((value >= first) & (value <= last), float_key(value), middle)  # not if an end is NaN
+    return tl.minimum(tl.maximum(at, low + 1), high - 1)
 
 
 @triton.jit
@@ -294,7 +277,7 @@ def sampled_ranges_kernel(
     chunk = tl.cdiv(size, BUCKETS)
     first = tl.minimum(bucket * chunk, size - 1)
     keys = sampled_keys(values_at, group, size, groups, inner, 1, INDEX, ONE_RUN, BLOCK)
-    low, high = kth_keys(keys, first, tl.minimum(first + chunk - 1, size - 1))
+    low, high = kth_key(keys, first), kth_key(keys, tl.minimum(first + chunk - 1, size - 1))
     at, half = group.to(tl.int64) * BUCKETS + bucket, tl.num_programs(0).to(tl.int64) * BUCKETS
     store_range(value_of(low), value_of(high), at, half, at >= 0, table_at, low_at, inverse_at, finite_at, LEVELS)
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.gpus.__main__ import machine
 from benchmarks.gpus.running import Running, take_turns, throughput
+from benchmarks.machine import machine
 from benchmarks.readme import fill
 
 from .plot import draw
@@ -58,7 +58,7 @@ def run(
     running: list[Running] = []
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "machine": machine(),
+        "machine": machine("torchvision"),
         "batch": batch,
         "size": size,
         "chunks": chunks,

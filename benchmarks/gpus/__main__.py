@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
+from benchmarks.machine import machine
 from benchmarks.readme import fill
 
 from .contenders import CONTENDERS, Contender
@@ -49,7 +46,7 @@ def run(
     begin = time.monotonic()
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "machine": machine(),
+        "machine": machine("torchvision", "transformers"),
         "steps": steps,
         "warm_up": warm_up,
         "tasks": {},
@@ -81,15 +78,6 @@ def report(
         f"{found['warm_up']} steps not counted; {found['seconds']:.0f} s in all."
     )
     fill(readme, "results", "\n".join([intro, "", *(table(name, rows) for name, rows in found["tasks"].items())]))
-
-
-def machine() -> str:
-    """What it ran on."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    devices = f"{len(gpus)} x {gpus[0]}" if gpus else "no GPU"
-    return f"{devices}, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, " + ", ".join(
-        f"{name} {version(name)}" for name in ("torchvision", "transformers")
-    )
 
 
 def measure(

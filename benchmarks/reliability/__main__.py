@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+
+from benchmarks.machine import machine
 
 from .kills import kill_clients, kill_workers
 from .overhead import overhead as measure_overhead
@@ -24,8 +23,7 @@ app = typer.Typer(add_completion=False)
 
 def _note(name: str, result: dict[str, Any]) -> None:
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {version('torch')}"
-    known[name] = {**result, "date": datetime.date.today().isoformat(), "machine": machine}
+    known[name] = {**result, "date": datetime.date.today().isoformat(), "machine": machine()}
     RESULTS.write_text(json.dumps(known, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

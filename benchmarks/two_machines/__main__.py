@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
+
+from benchmarks.machine import machine
 
 from .contest import WARM_UP, Contender, Row, contest
 
@@ -54,8 +52,7 @@ def main(
         found = contest(None if name == "unshaped" else name, CONTENDERS[name], rounds)
         results[name] = {
             "date": datetime.date.today().isoformat(),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
-            f"torchvision {version('torchvision')}",
+            "machine": machine("torchvision"),
             "rounds": rounds,
             "rows": [summary(name, contender, rows, found[PEER]) for contender, rows in found.items()],
         }

@@ -29,7 +29,7 @@ from fxsplit.runtime.handshake import (
     refusal_of,
     send_message,
 )
-from fxsplit.runtime.pulse import Place
+from fxsplit.runtime.place import Place
 from fxsplit.runtime.transport import LostWorker
 
 _HANDSHAKE_S = 10.0

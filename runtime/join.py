@@ -27,7 +27,7 @@ from fxsplit.runtime.handshake import (
     receive_message,
     send_message,
 )
-from fxsplit.runtime.pulse import Place
+from fxsplit.runtime.place import Place
 
 _HANDSHAKE_S = 10.0
 

@@ -30,6 +30,7 @@ class WorkerSettings:
         join: address at which it joins instead; the session and the two numbers are told there.
         token: for joining.
         pulse: descriptor of the socket for signs of life; -1: none.
+        page: descriptor of the memory of a `PlacePage`; -1: none.
         parent_pid: of the client, if the worker may be killed with the thread that has started it; else 0.
     """
 
@@ -42,6 +43,7 @@ class WorkerSettings:
     join: str = ""
     token: str = field(default="", repr=False)
     pulse: int = -1
+    page: int = -1
     parent_pid: int = field(default_factory=lambda: os.getpid() if _is_main_thread() else 0)
 
     def to_json(self) -> str:
@@ -83,7 +85,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is for the client, which then ends its workers
-            pass_fds=[settings.pulse] if settings.pulse >= 0 else [],
+            pass_fds=[descriptor for descriptor in (settings.pulse, settings.page) if descriptor >= 0],
         )
         assert self._process.stdin is not None
         self._stdin = self._process.stdin

@@ -1,4 +1,4 @@
-"""Signs of life: a worker says once a second, and at each action, what it is at; the client listens."""
+"""Signs of life: a worker says once a second what it is at, and notes it at each action; the client listens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+
+from fxsplit.runtime.place import IDLE, Place, PlacePage, new_memory
 
 PERIOD_S = 1.0
 """Between two signs of life of a worker that has nothing else to say."""
@@ -19,58 +20,28 @@ _LISTEN_S = 0.5
 _LIMIT_BYTES = 4096
 
 
-class Place(NamedTuple):
-    """What a worker is at.
-
-    Attributes:
-        work: "forward", "backward"..., or the name of a command; "idle" between commands.
-        stage: if it is an action of a schedule.
-        micro_batch: the same.
-    """
-
-    work: str
-    stage: int | None = None
-    micro_batch: int | None = None
-
-    def __str__(self) -> str:
-        if self.stage is None:
-            return self.work
-        return f"{self.work} of stage {self.stage}, micro-batch {self.micro_batch}"
-
-    @classmethod
-    def of_message(cls, message: Any) -> Place:
-        """The place that a worker has named; "unknown" if this is none."""
-        if isinstance(message, list) and len(message) == 3 and isinstance(message[0], str):
-            numbers = [n if isinstance(n, int) and not isinstance(n, bool) else None for n in message[1:]]
-            return cls(message[0][:200], *numbers)
-        return cls("unknown")
-
-
-IDLE = Place("idle")
-
-
 class Pulse:
     """A worker's side.
 
     Args:
         send: gives a place to the client; raises OSError when there is none.
-        at_once: whether sending never waits, so that each action can be said as it begins.
+        page: where each action is noted as it begins, if the client sees that.
     """
 
-    def __init__(self, send: Callable[[Place], None] = lambda place: None, at_once: bool = False) -> None:
+    def __init__(self, send: Callable[[Place], None] = lambda place: None, page: PlacePage | None = None) -> None:
         self._send = send
-        self._at_once = at_once
+        self._page = page
         self._place = IDLE
 
     @classmethod
-    def of_descriptor(cls, descriptor: int) -> Pulse:
-        """Over the socket that the client has left to this process; without one, says nothing."""
-        if descriptor < 0:
+    def of_descriptors(cls, line: int, page: int) -> Pulse:
+        """Over the socket and the memory that the client has left to this process; without them, says nothing."""
+        if line < 0:
             return cls()
-        connection = socket.socket(fileno=descriptor)
-        os.set_inheritable(descriptor, False)
+        connection = socket.socket(fileno=line)
+        os.set_inheritable(line, False)
         connection.setblocking(False)
-        return cls(lambda place: _send_datagram(connection, place), at_once=True)
+        return cls(lambda place: _send_datagram(connection, place), page_of(page))
 
     def start(self) -> None:
         """Begins to say that this process lives."""
@@ -79,14 +50,23 @@ class Pulse:
     def at(self, place: Place) -> None:
         """Notes what this worker is at."""
         self._place = place
-        if self._at_once:
-            self._send(place)
+        if self._page is not None:
+            self._page.write(place)
 
     def _beat(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 self._send(self._place)
                 time.sleep(PERIOD_S)
+
+
+def page_of(descriptor: int) -> PlacePage | None:
+    """The page whose memory the client has left to this process, if it has; the descriptor is closed."""
+    if descriptor < 0:
+        return None
+    page = PlacePage(descriptor)
+    os.close(descriptor)
+    return page
 
 
 def _send_datagram(connection: socket.socket, place: Place) -> None:
@@ -107,15 +87,28 @@ class Heartbeats:
         self._heard_s: dict[str, float] = {}
         self._places: dict[str, Place] = {}
         self._sockets: dict[str, socket.socket] = {}
+        self._pages: dict[str, PlacePage] = {}
         self._now_s = time.monotonic()
         self._is_closed = threading.Event()
 
-    def socket_for(self, name: str) -> socket.socket:
-        """A socket that the process of this worker inherits; the caller closes its copy."""
+    @contextlib.contextmanager
+    def line_to(self, name: str) -> Iterator[tuple[int, int]]:
+        """Descriptors that the process of this worker inherits: a socket's, and that of the memory of a page."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         ours.setblocking(False)
         self._sockets[name] = ours
-        return theirs
+        with theirs, self.page_for(name) as page:
+            yield theirs.fileno(), page
+
+    @contextlib.contextmanager
+    def page_for(self, name: str) -> Iterator[int]:
+        """The descriptor of the memory of a page alone: for a worker that says that it lives in another way."""
+        memory = new_memory()
+        try:
+            self._pages[name] = PlacePage(memory)
+            yield memory
+        finally:
+            os.close(memory)
 
     def begin(self, names: tuple[str, ...]) -> None:
         """Begins to listen: from now on these workers may not be silent."""
@@ -141,15 +134,20 @@ class Heartbeats:
             return (name, silence_s) if silence_s > timeout_s else None
 
     def place(self, name: str) -> Place | None:
-        """What a worker was at when it was last heard of."""
-        if (connection := self._sockets.get(name)) is not None:
-            self._read(name, connection)
+        """What a worker is at, or was when it died; of one on another host, when it was last heard of."""
         with self._lock:
-            return self._places.get(name)
+            noted = self._pages[name].read() if name in self._pages else None
+            return noted or self._places.get(name)
 
     def close(self) -> None:
-        """Ends listening."""
+        """Ends listening. Places that were heard of are still known."""
         self._is_closed.set()
+        with self._lock:
+            for name, page in self._pages.items():
+                if (place := page.read()) is not None:
+                    self._places[name] = place
+                page.close()
+            self._pages.clear()
 
     def _listen(self) -> None:
         with selectors.DefaultSelector() as selector:

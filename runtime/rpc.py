@@ -310,8 +310,8 @@ class Rpc:
             store.set_timeout(datetime.timedelta(seconds=START_TIMEOUT_S))
             for rank, name in enumerate(workers, start=1):
                 settings = WorkerSettings(name, session, rank, len(workers) + 1, path, torch.get_num_threads())
-                with self._heartbeats.socket_for(name) as pulse:
-                    self._processes.append(WorkerProcess(replace(settings, pulse=pulse.fileno())))
+                with self._heartbeats.line_to(name) as (pulse, page):
+                    self._processes.append(WorkerProcess(replace(settings, pulse=pulse, page=page)))
             self._await_ready(store)
             endpoint.join(store, 0, len(workers) + 1, gpus=self.gpus)
         finally:
@@ -330,7 +330,8 @@ class Rpc:
                 settings = WorkerSettings(
                     name, session, 0, 0, "", torch.get_num_threads(), join=self._listen, token=self._token
                 )
-                self._processes.append(WorkerProcess(settings))
+                with self._heartbeats.page_for(name) as page:
+                    self._processes.append(WorkerProcess(replace(settings, page=page)))
         self._gate.await_all(JOIN_TIMEOUT_S, self._check_processes)
         address = self._gate.members[workers[0]].address if workers else "127.0.0.1"
         endpoint.join(self._gate.store, 0, len(workers) + 1, interface_of(address), self.gpus)

@@ -15,6 +15,7 @@ from fxsplit.allocator import keep_memory
 from fxsplit.errors import WorkerError
 from fxsplit.runtime.handshake import interface_of
 from fxsplit.runtime.join import JoinedStore, end_with_client, join
+from fxsplit.runtime.place import PlacePage
 from fxsplit.runtime.pulse import Pulse
 from fxsplit.runtime.rpc import RpcEndpoint
 from fxsplit.runtime.transport import hand_over
@@ -28,6 +29,7 @@ def serve_joined(
     devices: Sequence[str] | None,
     patience_s: float,
     again: Callable[[], None] = lambda: None,
+    page: PlacePage | None = None,
 ) -> NoReturn:
     """Joins a client and serves it; the process ends when the client does.
 
@@ -39,6 +41,7 @@ def serve_joined(
         patience_s: how long to wait for the client to listen.
         again: called when the client goes on without this process, and waits for a worker of this name; it may
             put another in its place, and need not return.
+        page: where this worker notes what it is at, if it is on the client's host.
 
     Raises:
         FxsplitError: it cannot join.
@@ -46,7 +49,7 @@ def serve_joined(
     member = join(address, name, token, devices, patience_s)
     torch.set_num_threads(member.threads)
     store = JoinedStore(member.connection)
-    serving = Serving(name, member.session, Pulse(store.beat))
+    serving = Serving(name, member.session, Pulse(store.beat, page))
     watch = partial(end_with_client, member.connection, again)
     serving.run(store, member.rank, member.world_size, interface_of(member.address), watch)
 

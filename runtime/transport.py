@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from fxsplit.errors import PipelineError
 from fxsplit.runtime.packet import Key, Packet
-from fxsplit.runtime.pulse import Place
+from fxsplit.runtime.place import Place
 from fxsplit.runtime.streams import mark
 
 CommandHandler = Callable[[str, tuple[Any, ...]], "Future[Any]"]

@@ -23,8 +23,9 @@ from fxsplit.runtime.live_memory import Ledger
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.memory import peak_memory_bytes
 from fxsplit.runtime.parameters import ParameterStore
+from fxsplit.runtime.place import IDLE, Place
 from fxsplit.runtime.precision import check_autocast
-from fxsplit.runtime.pulse import IDLE, Place, Pulse
+from fxsplit.runtime.pulse import Pulse
 from fxsplit.runtime.randomness import Randomness
 from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.run_state import RunState

@@ -8,7 +8,7 @@ import torch
 from torch._C._distributed_c10d import FileStore
 
 from fxsplit.runtime.launch import WorkerSettings, die_with_parent
-from fxsplit.runtime.pulse import Pulse
+from fxsplit.runtime.pulse import Pulse, page_of
 from fxsplit.runtime.rpc import LOOPBACK, START_TIMEOUT_S
 from fxsplit.runtime.serving import Serving, serve_joined
 
@@ -22,9 +22,10 @@ def main(line: str) -> None:
     settings = WorkerSettings.from_json(line)
     if settings.join:
         die_with_parent(settings.parent_pid)
-        serve_joined(settings.join, settings.name, settings.token, None, START_TIMEOUT_S)
+        page = page_of(settings.page)
+        serve_joined(settings.join, settings.name, settings.token, None, START_TIMEOUT_S, page=page)
     torch.set_num_threads(settings.threads)
     store = FileStore(settings.store, settings.world_size)
-    serving = Serving(settings.name, settings.session, Pulse.of_descriptor(settings.pulse))
+    serving = Serving(settings.name, settings.session, Pulse.of_descriptors(settings.pulse, settings.page))
     store.set(f"ready/{settings.name}", "1")
     serving.run(store, settings.rank, settings.world_size, LOOPBACK, partial(die_with_parent, settings.parent_pid))

@@ -27,7 +27,7 @@ from fxsplit.planning import parse_devices
 from fxsplit.planning.units import parse_bandwidth, parse_bytes, parse_count, parse_seconds
 from fxsplit.runtime.checkpointing import parse_policies
 from fxsplit.runtime.handshake import Identity, parse_address, receive_message, send_message
-from fxsplit.runtime.pulse import Place
+from fxsplit.runtime.place import Place
 from fxsplit.snapshots.manifest import Manifest
 
 PARSERS: dict[str, Callable[[str], Any]] = {

@@ -13,7 +13,8 @@ import typer
 from benchmarks.machine import machine
 
 from .kills import kill_clients, kill_workers
-from .overhead import overhead as measure_overhead
+from .overhead import PARTS
+from .overhead import overhead as run_overhead
 from .soak import soak as run_soak
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -50,9 +51,17 @@ def soak(
 
 
 @app.command()
-def overhead(rounds: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = 3) -> None:
+def overhead(
+    steps: Annotated[int, typer.Option(min=40, help="Steps of the training.")] = 400,
+    part: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
+) -> None:
     """Measure what checksums, transactions and snapshots cost."""
-    _note("overhead", measure_overhead(rounds))
+    parts = tuple(part or PARTS)
+    if unknown := [name for name in parts if name not in PARTS]:
+        raise typer.BadParameter(f"{unknown[0]}: one of {', '.join(PARTS)}", param_hint="--part")
+    _note(
+        "overhead" if set(parts) == set(PARTS) else f"overhead, {' and '.join(parts)}", run_overhead(steps, parts)
+    )
 
 
 if __name__ == "__main__":

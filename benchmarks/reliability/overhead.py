@@ -1,97 +1,122 @@
-"""What checksums, transactions and snapshots cost: the same training with and without them, in turns."""
+"""What checksums, transactions and snapshots cost: one training that does with and without them in turns."""
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxsplit
 from fxsplit.runtime import rpc, transaction
+from fxsplit.runtime.durable import DurableEngine
 
 from .training import CUTS, DEVICES, batch, settings
 
 PIXELS = 96
 SAMPLES = 16
-STEPS = 110  # with two snapshots among them
-WARM_UP = 10
+TURN = 2
+"""Steps of a turn: without, with, without, with, and so on; in one of ten is a snapshot."""
+
+EVERY = 50
+"""Steps from one snapshot to the next, for which the cost of one is stated."""
+
+PARTS = ("checksums", "transactions", "snapshots")
+
+_checksum_of, _before = rpc.checksum_of, transaction.Before.of  # type: ignore[attr-defined]
 
 
-class Unprotected(nn.Identity):
-    """Where it is loaded, packets have no checksum and steps cannot be taken back."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """On a worker, as a part of a stage."""
-        self.__dict__.update(state)
-        unprotect()
+def protect(parts: tuple[str, ...]) -> None:
+    """Gives packets of this process checksums, or makes its steps such that they can be taken back, or neither."""
+    rpc.checksum_of = _checksum_of if "checksums" in parts else lambda key, packet: 0  # type: ignore[attr-defined]
+    nothing = classmethod(lambda cls, optimizer, *rest: cls(optimizer, [], {}, []))
+    transaction.Before.of = _before if "transactions" in parts else nothing  # type: ignore[method-assign, assignment]
 
 
-def unprotect() -> None:
-    """Does so in this process."""
-    rpc.checksum_of = lambda key, packet: 0  # type: ignore[attr-defined]
-    transaction.Before.of = classmethod(lambda cls, optimizer, g: cls(optimizer, [], {}, []))  # type: ignore[assignment,method-assign]
+class Alternating(torch.optim.SGD):
+    """Counts the steps of its process, and turns protection on and off: all processes do so between two steps."""
+
+    def __init__(self, params: Any, parts: tuple[str, ...] = (), **options: Any) -> None:
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            group["parts"] = parts
+        self._steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        """A step, and then perhaps a turn."""
+        loss = super().step(closure)
+        self._steps += 1
+        protect(self.param_groups[0]["parts"] if is_protected(self._steps) else ())
+        return loss
 
 
-def run(is_protected: bool) -> list[float]:
-    """Seconds of each step, in this process and two workers."""
+def is_protected(step: int) -> bool:
+    """Whether a step is done with what is measured."""
+    return step // TURN % 2 == 1
+
+
+def overhead(steps: int, parts: tuple[str, ...]) -> dict[str, Any]:
+    """Trains, in turns with and without protection; a turn is compared with those around it.
+
+    Args:
+        steps: how many.
+        parts: what is measured, of `PARTS`.
+    """
     settings()
     model = torchvision.models.mobilenet_v2(num_classes=10)
-    if not is_protected:
-        unprotect()
-        for block in (4, 8, 16):
-            model.features[block] = nn.Sequential(model.features[block], Unprotected())
-    seconds = []
+    turns_s: list[float] = []
+    taken: list[int] = []
     with tempfile.TemporaryDirectory() as directory:
-        snapshots = fxsplit.Snapshots(directory, every=50) if is_protected else None
-        example: Tensor = batch(0, PIXELS, SAMPLES)[0]
-        with fxsplit.compile(
-            model, DEVICES, cuts=CUTS, chunks=2, verify=False, example_inputs=example, snapshots=snapshots
-        ) as pipe:
-            optimizer = pipe.optimizer(torch.optim.SGD, lr=0.01, momentum=0.9)
-            for number in range(STEPS):
-                x, y = batch(number, PIXELS, SAMPLES)
-                start_s = time.perf_counter()
+        snapshots = fxsplit.Snapshots(directory, every=10 * TURN)
+        options: dict[str, Any] = {"example_inputs": batch(0, PIXELS, SAMPLES)[0], "verify": False, "chunks": 2}
+        with fxsplit.compile(model, DEVICES, cuts=CUTS, snapshots=snapshots, **options) as pipe:
+            engine = pipe._engine
+            assert isinstance(engine, DurableEngine)
+            optimizer = pipe.optimizer(Alternating, lr=0.01, momentum=0.9, parts=parts)
+            data = [batch(number, PIXELS, SAMPLES) for number in range(8)]
+            for step in range(steps // TURN * TURN):
+                if step % TURN == 0:
+                    start_s = time.perf_counter()
+                x, y = data[step % len(data)]
+                engine._is_inside = not (is_protected(step) and "snapshots" in parts)  # no journal, no snapshot
                 pipe.step(x, target=y, loss_fn=F.cross_entropy)
                 optimizer.step()
                 optimizer.zero_grad()
-                seconds.append(time.perf_counter() - start_s)
-    return seconds[WARM_UP:]
+                if (step + 1) % TURN == 0:
+                    turns_s.append(time.perf_counter() - start_s)
+                    taken.append(engine._taken_step)
+            engine._is_inside = True
+    return {"parts": list(parts), "steps": steps, **_costs(turns_s, taken)}
 
 
-def overhead(rounds: int) -> dict[str, Any]:
-    """Runs both in turns, each in a process of its own.
+def _costs(turns_s: list[float], taken: list[int]) -> dict[str, Any]:
+    """What a step and a snapshot cost.
 
     Args:
-        rounds: of both.
+        turns_s: seconds of each turn.
+        taken: the step of the last snapshot after each.
     """
-    means: dict[bool, list[float]] = {False: [], True: []}
-    medians: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(rounds):
-        for is_protected in (False, True):
-            command = [sys.executable, "-m", "benchmarks.reliability.overhead", str(int(is_protected))]
-            seconds = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            means[is_protected].append(statistics.fmean(seconds))
-            medians[is_protected].append(statistics.median(seconds))
-            print(f"{'with' if is_protected else 'without'}: mean {means[is_protected][-1]:.4f} s a step")
-    plain, protected = (statistics.median(means[key]) for key in (False, True))
+    steps_s: list[float] = []
+    snapshots_s: list[float] = []
+    for turn in range(5, len(turns_s) - 1, 2):  # the first ones warm up
+        before, after = turns_s[turn - 1], turns_s[turn + 1]
+        more_s = turns_s[turn] - (before + after) / 2
+        if taken[turn] == taken[turn - 1]:
+            steps_s.append(more_s / TURN)
+        else:
+            snapshots_s.append(more_s)
+    step_s = statistics.median(turns_s[4::2]) / TURN
+    cost_s = statistics.median(steps_s)
+    snapshot_s = statistics.median(snapshots_s) - TURN * cost_s if snapshots_s else 0.0
     return {
-        "rounds": rounds,
-        "without_s": round(plain, 4),
-        "with_s": round(protected, 4),
-        "overhead_percent": round(100.0 * (protected / plain - 1.0), 2),
-        "without_median_s": round(statistics.median(medians[False]), 4),
-        "with_median_s": round(statistics.median(medians[True]), 4),
+        "step_s": round(step_s, 4),
+        "each_step_percent": round(100.0 * cost_s / step_s, 2),
+        "quartiles_percent": [round(100.0 * q / step_s, 2) for q in statistics.quantiles(steps_s)[::2]],
+        "snapshot_s": round(snapshot_s, 4),
+        "snapshots": len(snapshots_s),
+        "overhead_percent": round(100.0 * (cost_s + snapshot_s / EVERY) / step_s, 2),
     }
-
-
-if __name__ == "__main__":
-    print(json.dumps(run(sys.argv[1] == "1")))

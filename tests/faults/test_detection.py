@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 import fxsplit
 from fxsplit.errors import WorkerError, WorkerLost
-from fxsplit.runtime.pulse import Heartbeats, Place
+from fxsplit.runtime.place import Place, PlacePage, new_memory
+from fxsplit.runtime.pulse import Heartbeats
 from tests.faults.scripts import CHAIN, CUTS, ROOT, await_true, batch, is_alive, small_model, start
 from tests.processes import SOON_S, worker_processes
 
@@ -167,3 +168,59 @@ def test_silence_is_measured_by_the_time_in_which_anybody_could_be_heard() -> No
     junk: list[object] = [[], {}, "x", [1, 2, 3], ["a", "b", True], None]
     for message in junk:
         assert Place.of_message(message).stage is None
+
+
+WRITER = """
+import sys
+from fxsplit.runtime.place import Place, PlacePage
+
+page, number = PlacePage(int(sys.argv[1])), 0
+while True:
+    number += 1
+    page.write(Place(f"work {number}", number, number))
+"""
+
+
+def test_the_place_of_a_process_that_is_killed_while_it_notes_one_is_whole() -> None:
+    """Read at any moment, and after the death: never half of one place and half of another, and none older."""
+    memory = new_memory()
+    page = PlacePage(memory)
+    assert page.read() is None
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(memory)], cwd=ROOT, pass_fds=[memory])
+    try:
+        await_true(lambda: page.read() is not None, 60.0, "nothing is noted")
+        last = 0
+        for _ in range(5000):
+            if (place := page.read()) is not None:  # both slots were written while they were copied
+                assert place.stage == place.micro_batch and place.work == f"work {place.stage}"
+                assert place.stage is not None and place.stage >= last
+                last = place.stage
+    finally:
+        writer.kill()
+        writer.wait()
+    place = page.read()
+    assert place is not None and place.stage is not None and place.work == f"work {place.stage}"
+    assert place.stage >= last
+    page.close()
+    os.close(memory)
+
+
+def test_half_a_note_is_not_read() -> None:
+    memory = new_memory()
+    page, other = PlacePage(memory), PlacePage(memory)
+    known = [
+        Place("forward", 1, 2),
+        Place("backward", 3, 4),
+        Place("a command of a long name, longer than the slot"),
+    ]
+    for place in known:
+        before = other.read()
+        data = page._memory[:]
+        page.write(place)
+        after = page._memory[:]
+        for cut in range(len(after)):  # a memory whose first bytes alone have been written
+            page._memory[:] = after[:cut] + data[cut:]
+            assert other.read() in (before, Place(place.work[:36], *place[1:]))
+        page._memory[:] = after
+        assert other.read() == Place(place.work[:36], *place[1:])
+    os.close(memory)

@@ -18,6 +18,13 @@ _ONE_AT_A_TIME = threading.Lock()
 
 _DEPENDS_ON_DATA = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
+_ATTENTION = frozenset(
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention{direction}")
+    for kind in ("efficient", "flash", "cudnn")
+    for direction in ("", "_backward")
+)
+"""They keep the seed of their dropout on the host, though while they are recorded on the device."""
+
 
 class Recorder(Protocol):
     """Records work, to be done again with other numbers in the same tensors."""
@@ -124,7 +131,8 @@ class Inspector(TorchDispatchMode):
         for value in pytree.tree_leaves(values):
             if isinstance(value, torch.Generator):
                 return f"{func} draws from a generator of its own"
-            if isinstance(value, Tensor) and value.device.type not in (self._type, "meta"):
+            is_elsewhere = isinstance(value, Tensor) and value.device.type not in (self._type, "meta")
+            if is_elsewhere and not (func.overloadpacket in _ATTENTION and value.dim() == 0):
                 return f"{func} has a tensor on {value.device}"
             if isinstance(value, Tensor) and value.layout != torch.strided:
                 return f"{func} has a tensor of layout {value.layout}"

@@ -203,6 +203,15 @@ def test_what_the_inspector_refuses() -> None:
     assert inspector.reason is not None and "on cpu" in inspector.reason
 
 
+def test_attention_keeps_its_seed_on_the_host() -> None:
+    """Where it runs on a GPU as it is; recorded, the seed is on the GPU."""
+    inspector, seed = Inspector(torch.device("cuda")), torch.tensor(7)
+    attention = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+    assert inspector._reason(attention, ((seed,), {})) is None
+    assert "on cpu" in str(inspector._reason(attention, ((torch.zeros(2),), {})))
+    assert "on cpu" in str(inspector._reason(torch.ops.aten.mul.Tensor, ((seed,), {})))
+
+
 def test_buffers_take_over_what_is_there() -> None:
     parameters = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     parameters[0].grad = torch.tensor([1.0, 2.0])

@@ -40,8 +40,10 @@ def test_it_runs_measures_and_draws(model_file: Path, tmp_path: Path) -> None:
         "uniform8",
     ]
     arguments += ["--plot", str(picture), "--trace", str(trace)]
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    environment = {"COLUMNS": "200", "FXSPLIT_CACHE": str(tmp_path / "nothing measured")}
+    result = CliRunner().invoke(app, arguments, env=environment)
     assert result.exit_code == 0, result.output
+    assert "predictions rest on estimates of cpu, server/cpu: `fxsplit calibrate" in result.output
     assert "3 calls, 24 samples" in result.output and "3 steps each: median" in result.output
     assert "the plan: 2" in result.output and "measured / predicted" in result.output
     assert "cut 2 " in result.output or "micro-batches" in result.output or "no compression" in result.output

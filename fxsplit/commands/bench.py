@@ -103,6 +103,10 @@ def bench(
                 if plan is found:
                     _save(pipe, plot, trace, console)
         console.print(_comparison(rows))
+        console.print(Text(found.note))
+        if unmeasured := list(dict.fromkeys(part.device for part in found.parts if not part.is_measured)):
+            hint = f"predictions rest on estimates of {', '.join(unmeasured)}: `fxsplit calibrate {model}` measures"
+            console.print(Text(hint), soft_wrap=True)
 
 
 def _costs(module: nn.Module, example: Arguments, cuts: list[str] | None, given: Plan | None) -> CostTable:

@@ -105,7 +105,8 @@ def bench(
         console.print(_comparison(rows))
         console.print(Text(found.note))
         if unmeasured := list(dict.fromkeys(part.device for part in found.parts if not part.is_measured)):
-            hint = f"predictions rest on estimates of {', '.join(unmeasured)}: `fxsplit calibrate {model}` measures"
+            named = ", ".join(unmeasured)
+            hint = f"predictions rest on estimates of {named}: `fxsplit calibrate {model}` measures"
             console.print(Text(hint), soft_wrap=True)
 
 

@@ -155,6 +155,7 @@ class DurableEngine(Engine):
                 with suppress(FxsplitError), self._inside():
                     self._take_due()
             self._snapshotter.wait(_CLOSE_WAIT_S)
+            self._snapshotter.finished()  # or nobody would hear that it could not be written
         self._saver.abandon()
         self._snapshotter.close()
         super().close()

@@ -232,7 +232,10 @@ def test_training_goes_on_when_the_disk_is(fault: str, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk, 200):
         settings = fxsplit.Snapshots(disk, every=2, keep=1)
-        with fxsplit.compile(small_model(), CHAIN, **OPTIONS, snapshots=settings) as pipe:
+        with (
+            pytest.warns(UserWarning, match="could not be written.*training goes on"),
+            fxsplit.compile(small_model(), CHAIN, **OPTIONS, snapshots=settings) as pipe,
+        ):
             torch.manual_seed(1)
 
             def break_it(step: int) -> None:
@@ -243,8 +246,7 @@ def test_training_goes_on_when_the_disk_is(fault: str, tmp_path: Path) -> None:
                     else:
                         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
 
-            with pytest.warns(UserWarning, match="could not be written.*training goes on"):
-                found = train(pipe, 12, break_it)
+            found = train(pipe, 12, break_it)
         assert_same(found, whole(12))
         assert 2 <= fxsplit.load(disk).step <= 6
 

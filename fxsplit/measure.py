@@ -22,6 +22,7 @@ from fxsplit.opening import trace_for_planning
 from fxsplit.planning.calibration import CLIENT, WORKER, Calibration, MeasuredCodec, MeasuredNode, machine_of
 from fxsplit.planning.devices import available_devices
 from fxsplit.spec import TensorSpec
+from fxsplit.split_backward import SplitBackward
 from fxsplit.trace import Arguments, ExampleInputs
 from fxsplit.trace.call import batch_size, is_batched
 from fxsplit.trace.transforms import transforms_closed
@@ -47,7 +48,8 @@ def calibrate(
 
     Each node runs alone, and the whole model in one piece: the sums of the first are scaled to those of the
     second, in which allocator and caches are as they will be. This is done for micro-batches of two sizes, so
-    that what a call costs and what a sample costs are known apart. Weights, buffers and random numbers stay.
+    that what a call costs and what a sample costs are known apart. Backwards in two parts, as zero-bubble
+    schedules have them, are measured at the larger size. Weights, buffers and random numbers stay.
 
     Args:
         model: any module that can be traced, in the mode to measure.
@@ -77,10 +79,14 @@ def calibrate(
     leaves = [leaf for leaf in traced.leaves(example) if isinstance(leaf, Tensor)]
     largest = max(1, batch_size(leaves) // chunks)
     seconds: dict[int, list[tuple[float, float]]] = {}
+    shares = 1.0, 0.0
     with torch.random.fork_rng(), transforms_closed():
         for samples in sorted({largest, max(1, largest // 2)}):
             inputs = [leaf[:samples] if is_batched(leaf, batch_size(leaves)) else leaf for leaf in leaves]
-            seconds[samples] = _seconds_of_nodes(module, [leaf.to(device) for leaf in inputs], device, repeats)
+            inputs = [leaf.to(device) for leaf in inputs]
+            seconds[samples] = _seconds_of_nodes(module, inputs, device, repeats)
+            if samples == largest:
+                shares = _shares_of_parts(module, inputs, device, repeats)
     nodes = [n for n in module.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     return Calibration(
         type(model).__name__,
@@ -91,6 +97,7 @@ def calibrate(
         torch.get_num_threads(),
         role,
         largest,
+        *shares,
         tuple(_fitted(node, {s: rows[i] for s, rows in seconds.items()}) for i, node in enumerate(nodes)),
         tuple(measure_codec(codec, device, repeats) for codec in codecs),
     )
@@ -137,6 +144,23 @@ def _seconds_of_nodes(
     return [(each[0] * factors[0], each[1] * factors[1]) for each in medians]
 
 
+def _shares_of_parts(
+    module: GraphModule, inputs: Sequence[Tensor], device: str, repeats: int
+) -> tuple[float, float]:
+    """Of the nodes whose inputs need gradients, both parts of a backward in two as shares of one in one piece."""
+    whole, first, second = list[float](), list[float](), list[float]()
+    for number in range(-_WARM_UP, repeats):
+        timed = _NodeTimes(module, device, in_parts=True)
+        timed.run(*inputs)
+        if number >= 0:
+            for seconds, found in zip((whole, first, second), timed.parts(), strict=True):
+                seconds.append(found)
+    total = statistics.median(whole)
+    if not total:
+        return 1.0, 0.0
+    return statistics.median(first) / total, statistics.median(second) / total
+
+
 def _fitted(node: Node, seconds: dict[int, tuple[float, float]]) -> MeasuredNode:
     """What a sample takes and what a call takes, from micro-batches of one or two sizes."""
     most = max(seconds)
@@ -167,47 +191,78 @@ def _whole(module: GraphModule, inputs: Sequence[Tensor], device: str) -> tuple[
 
 
 class _NodeTimes(Interpreter):
-    """Runs each node on inputs that are cut off from what made them, and its backward at once behind it."""
+    """Runs each node on inputs that are cut off from what made them, and its backward at once behind it.
 
-    def __init__(self, module: GraphModule, device: str) -> None:
+    Args:
+        module: the graph.
+        device: where it is.
+        in_parts: whether backwards in two parts are run, too, behind forwards of their own.
+    """
+
+    def __init__(self, module: GraphModule, device: str, *, in_parts: bool = False) -> None:
         super().__init__(module)
         self._device = device
+        self._in_parts = in_parts
         self._seconds: dict[Node, tuple[float, float]] = {}
+        self._parts: list[tuple[float, float, float]] = []
 
     def seconds(self) -> list[tuple[float, float]]:
         """Of each node, in their order."""
         return list(self._seconds.values())
 
+    def parts(self) -> tuple[float, float, float]:
+        """Of all backwards that were run in parts: seconds in one piece, of the first part, of the second."""
+        whole, first, second = (
+            (sum(each) for each in zip(*self._parts, strict=True)) if self._parts else (0.0,) * 3
+        )
+        return whole, first, second
+
     def run_node(self, n: Node) -> Any:
         """The node's result; its backward runs with a gradient of ones."""
         if n.op in ("placeholder", "get_attr", "output"):
             return super().run_node(n)
-        with ExitStack() as stack:
-            stack.enter_context(self._set_current_node(n))
-            args, kwargs = pytree.tree_map_only(Tensor, _cut_off, self.fetch_args_kwargs_from_env(n))
-            _synchronize(self._device)
-            start = time.perf_counter()
-            result = getattr(self, n.op)(n.target, args, kwargs)
-            _synchronize(self._device)
-            forward_s = time.perf_counter() - start
-        found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        result, found, _, forward_s = self._forward(n)
         backward_s = 0.0
         if found:
             gradients = [torch.ones_like(leaf) for leaf in found]
-            _synchronize(self._device)
-            start = time.perf_counter()
-            torch.autograd.backward(found, gradients)
-            _synchronize(self._device)
-            backward_s = time.perf_counter() - start
+            backward_s = self._timed(lambda: torch.autograd.backward(found, gradients))
         self._seconds[n] = forward_s, backward_s
+        if found and self._in_parts:
+            self._run_in_parts(n, backward_s)
         return pytree.tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), result)
 
+    def _run_in_parts(self, n: Node, whole_s: float) -> None:
+        _, found, anchors, _ = self._forward(n)
+        if anchors:
+            gradients, made = [torch.ones_like(leaf) for leaf in found], list[SplitBackward]()
+            first_s = self._timed(lambda: made.append(SplitBackward(found, gradients, anchors)))
+            self._parts.append((whole_s, first_s, self._timed(made[0].finish)))
 
-def _cut_off(x: Tensor) -> Tensor:
-    """A copy that needs a gradient if the value did: no leaf, since a node may change it in place."""
-    if not x.requires_grad or isinstance(x, nn.Parameter):
-        return x
-    return x.detach().requires_grad_().clone()
+    def _forward(self, n: Node) -> tuple[Any, list[Tensor], list[Tensor], float]:
+        """The result of a node, what of it needs a gradient, the inputs that it comes from, and seconds."""
+        anchors: list[Tensor] = []
+
+        def cut_off(x: Tensor) -> Tensor:
+            """A copy that needs a gradient if the value did: no leaf, since a node may change it in place."""
+            if not x.requires_grad or isinstance(x, nn.Parameter):
+                return x
+            anchors.append(x.detach().requires_grad_())
+            return anchors[-1].clone()
+
+        with ExitStack() as stack:
+            stack.enter_context(self._set_current_node(n))
+            args, kwargs = pytree.tree_map_only(Tensor, cut_off, self.fetch_args_kwargs_from_env(n))
+            results: list[Any] = []
+            seconds = self._timed(lambda: results.append(getattr(self, n.op)(n.target, args, kwargs)))
+        found = [x for x in pytree.tree_leaves(results[0]) if isinstance(x, Tensor) and x.requires_grad]
+        return results[0], found, anchors, seconds
+
+    def _timed(self, work: Callable[[], Any]) -> float:
+        _synchronize(self._device)
+        start = time.perf_counter()
+        work()
+        _synchronize(self._device)
+        return time.perf_counter() - start
 
 
 def _median(work: Callable[[], Any], device: str, repeats: int) -> float:

@@ -24,10 +24,10 @@ from fxsplit.runtime.packet import GradientTap, Key, Packet, pack, unpack
 from fxsplit.runtime.randomness import seeded, set_states, state_key, states
 from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.run_state import RunState, Saved
-from fxsplit.runtime.split_backward import SplitBackward
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.schedules import Action, Work
 from fxsplit.spec import TensorSpec
+from fxsplit.split_backward import SplitBackward
 from fxsplit.stage import CLIENT, Edge, StageModule
 from fxsplit.trace.replay import Surroundings
 
@@ -349,8 +349,8 @@ class Executor:
             outputs = [saved.values[name] for name in gradients]
             if action.work is Work.INPUT:
                 # What is computed again would be so for each part.
-                taps = [] if self._is_checkpointed(action) else list(saved.taps.values())
-                saved.weights = SplitBackward(outputs, list(gradients.values()), taps)
+                anchors = [] if self._is_checkpointed(action) else [tap.anchor for tap in saved.taps.values()]
+                saved.weights = SplitBackward(outputs, list(gradients.values()), anchors)
                 saved.values, saved.held = {}, []
             elif gradients:
                 torch.autograd.backward(outputs, list(gradients.values()))

@@ -10,7 +10,7 @@ from fxsplit.runtime.graphs import Inspection, Lease
 from fxsplit.runtime.live_memory import Held
 from fxsplit.runtime.packet import GradientTap
 from fxsplit.runtime.randomness import Randomness
-from fxsplit.runtime.split_backward import SplitBackward
+from fxsplit.split_backward import SplitBackward
 from fxsplit.stage import Edge, Mode
 
 

@@ -10,14 +10,18 @@ from dataclasses import replace
 from fxsplit.errors import PlanError
 from fxsplit.planning import Plan
 from fxsplit.runtime.report import Span
-from fxsplit.schedules import Hop, Orders, Timeline, Times, check, schedule
+from fxsplit.schedules import Hop, Orders, StageTimes, Timeline, Times, check, schedule, simulate
+
+_WORTH_A_CHANGE = 0.05
+"""Share of the step by which other orders have to be shorter to take the place of those there are."""
 
 
 class Scheduler:
     """Makes and checks orders before a step runs, and learns from the steps.
 
     What was measured is looked at after steps 1, 2, 4, 8 and so on: the first ones pay for compilation and
-    allocation, and later ones hardly differ. The numbers of a step do not depend on the orders.
+    allocation, and later ones hardly differ. Orders stay unless others are clearly better: what is measured
+    varies from step to step. The numbers of a step do not depend on the orders.
 
     Args:
         plan: names the schedule and the workers, and predicts the first times.
@@ -29,6 +33,7 @@ class Scheduler:
         self._schedule = schedule(plan.schedule)
         self._steps = 0
         self._made: tuple[Orders, Timeline] | None = None
+        self._last: Orders | None = None
 
     def orders(self) -> Orders:
         """The orders of the next step.
@@ -62,7 +67,12 @@ class Scheduler:
     def _checked(self) -> tuple[Orders, Timeline]:
         if self._made is None:
             workers, chunks = self.plan.workers, self.plan.chunks
-            orders = self._schedule.orders(workers, chunks, self.times)
+            orders: Orders = self._schedule.orders(workers, chunks, self.times)
+            if self._last is not None and self._schedule.follows_times:
+                known_s = simulate(self._last, workers, self.times).step_s
+                if simulate(orders, workers, self.times).step_s > (1.0 - _WORTH_A_CHANGE) * known_s:
+                    orders = self._last
+            self._last = orders
             timeline = check(orders, workers, chunks, self.times)
             for stage, live in enumerate(timeline.live):
                 limit = self._schedule.live_limit(stage, len(workers), chunks)
@@ -77,6 +87,22 @@ class Scheduler:
         return self._made
 
 
+def _measured_stage(before: StageTimes, found: Mapping[str, float]) -> StageTimes:
+    """The backward as it was not run, in one piece or in two parts, changes as the one that was."""
+    loss_s, forward_s = found.get("loss", 0.0), found.get("F", before.forward_s)
+    if "B" in found:
+        backward_s = found["B"] + loss_s
+        ratio = backward_s / before.backward_s if before.backward_s else 1.0
+        parts = ratio * before.input_s, ratio * before.weight_s
+    elif "I" in found:
+        parts = found["I"] + loss_s, found.get("W", 0.0)
+        known = before.input_s + before.weight_s
+        backward_s = before.backward_s * (sum(parts) / known if known else 1.0)
+    else:
+        return replace(before, forward_s=forward_s)
+    return replace(before, forward_s=forward_s, input_s=parts[0], weight_s=parts[1], backward_s=backward_s)
+
+
 def measured_times(before: Times, spans: Iterable[Span]) -> Times:
     """The medians over the micro-batches of a step; what was not measured stays as it was."""
     sums: defaultdict[tuple[str, int, int], defaultdict[int, float]] = defaultdict(lambda: defaultdict(float))
@@ -85,15 +111,7 @@ def measured_times(before: Times, spans: Iterable[Span]) -> Times:
     found = {key: statistics.median(by_micro_batch.values()) for key, by_micro_batch in sums.items()}
     stages = []
     for stage, times in enumerate(before.stages):
-        back = found.get(("B", stage, stage), times.backward_s) / 2
-        loss = found.get(("loss", stage, stage), 0.0)
-        changed = replace(
-            times,
-            forward_s=found.get(("F", stage, stage), times.forward_s),
-            input_s=found.get(("I", stage, stage), back) + loss,
-            weight_s=found.get(("W", stage, stage), back),
-        )
-        stages.append(changed)
+        stages.append(_measured_stage(times, {kind: s for (kind, of, _), s in found.items() if of == stage}))
     pairs = set(before.forward) | {(s, t) for kind, s, t in found if kind == "send" and 0 <= s < t < len(stages)}
 
     def hop(known: Hop, source: int, target: int) -> Hop:

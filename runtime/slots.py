@@ -24,7 +24,7 @@ from torch.autograd.graph import Node
 from fxsplit.errors import PipelineError
 from fxsplit.runtime.packet import GradientTap
 from fxsplit.runtime.recording import Recorder
-from fxsplit.runtime.split_backward import SplitBackward
+from fxsplit.split_backward import SplitBackward
 from fxsplit.stage import Mode, StageModule
 from fxsplit.trace.replay import Surroundings
 
@@ -212,9 +212,9 @@ class Slot:
             torch._foreach_add_([buffer for buffer, _ in pairs], [gradient for _, gradient in pairs])
 
     def _run_first(self) -> None:
-        taps = [tap for tap in self._taps if isinstance(tap, GradientTap)]
+        anchors = [tap.anchor for tap in self._taps if isinstance(tap, GradientTap)]
         outputs = [self._outputs[index] for index in self._given]
-        self._split = SplitBackward(outputs, self._gradients, taps)
+        self._split = SplitBackward(outputs, self._gradients, anchors)
 
     def _run_second(self) -> None:
         assert self._split is not None

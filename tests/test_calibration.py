@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fxsplit.planning import Profile, parse_devices
 from fxsplit.planning.calibration import CLIENT, WORKER, Calibration, cached
 from fxsplit.planning.link_file import load_links, save_links
 from fxsplit.planning.links import Link
+from fxsplit.planning.profile import Split
 from fxsplit.trace import Arguments, trace
 
 X = torch.rand(8, 16)
@@ -178,3 +180,28 @@ def test_compile_plans_with_what_was_kept() -> None:
             model(), ["cpu", "server/cpu"], cuts=["1"], example_inputs=X, transport="in_process", profile=profile
         ) as pipe:
             assert [part.is_measured for part in pipe.plan.parts] == [is_measured] * 2
+
+
+def test_backwards_in_two_parts_are_measured_and_planned_with(found: Calibration) -> None:
+    """Both parts together are no less than the whole; the first stage, whose inputs need none, has but one."""
+    assert found.input_share > 0 and found.weight_share > 0
+    costs = fxsplit.analyze(trace_for_planning(model(), Arguments.of(X)), X)
+    devices = ["cpu", "a/cpu", "b/cpu"]
+    profile = Profile.of(costs, dict.fromkeys(devices, found))
+    for shares, expected in (((0.3, 0.1), (0.5, 0.5)), ((0.7, 0.8), (0.7, 0.8)), ((1.4, 0.1), (1.0, 0.1))):
+        split = replace(profile, splits=dict.fromkeys(devices, Split.of(*shares)))
+        plan = fxsplit.plan(costs, devices, profile=split, cuts=["1", "2"], chunks=4)
+        first, *others = plan.parts
+        assert first.input_s == pytest.approx(first.step_s - first.forward_s) and first.weight_s == 0.0
+        for part, times in zip(others, plan.times.stages[1:], strict=True):
+            backward_s = part.step_s - part.forward_s
+            assert (part.input_s, part.weight_s) == pytest.approx([share * backward_s for share in expected])
+            assert 4 * times.backward_s == pytest.approx(backward_s)
+    assert profile.split(parse_devices(devices)[1]) == Split.of(found.input_share, found.weight_share)
+    nothing = Profile()
+    assert nothing.split(parse_devices(devices)[1]) == Split()
+
+
+def test_a_model_without_gradients_of_inputs_has_no_parts() -> None:
+    measured = fxsplit.calibrate(nn.Linear(16, 4), X, compressors=[], repeats=1)
+    assert (measured.input_share, measured.weight_share) == (1.0, 0.0)

@@ -54,7 +54,8 @@ def plans(draw: st.DrawFn) -> Plan:
     parts = tuple(
         Part(
             stage, placement.spelling, placement.worker, draw(st.lists(words, max_size=3).map(tuple)),
-            draw(counts), draw(counts), draw(counts), draw(counts), draw(seconds), draw(seconds),
+            draw(counts), draw(counts), draw(counts), draw(counts),
+            draw(seconds), draw(seconds), draw(seconds), draw(seconds),
         )
         for stage, placement in enumerate(placements)
     )  # fmt: skip
@@ -143,7 +144,7 @@ def changed(change: Callable[[dict[str, Any]], object]) -> str:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda data: data.update(version=3), r"newer version[^$]*plan version 3[^$]*allowed: 2"),
+        (lambda data: data.update(version=4), r"newer version[^$]*plan version 4[^$]*allowed: 3"),
         (lambda data: data.update(version=1), r"older version[^$]*plan version 1[^$]*plan again"),
         (lambda data: data["hops"][0].update(source=5), r"plan\.hops\[0\]"),
         (lambda data: data["links"][0].update(bytes_per_s=0), r"plan\.links\[0\]\.bytes_per_s"),

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import fxsplit
 from fxsplit.errors import FxsplitError, InputError, PipelineError, PlanError
 from fxsplit.runtime.packet import GradientTap
-from fxsplit.runtime.split_backward import SplitBackward
 from fxsplit.schedules import SCHEDULES
+from fxsplit.split_backward import SplitBackward
 from tests.comparison import (
     CHAIN2,
     CHAIN3,
@@ -288,7 +288,7 @@ def test_a_split_backward_is_the_whole_one(build: str) -> None:
         outputs = run(tap.tensor)
         gradients = [torch.ones_like(o) * 0.5 for o in outputs]
         if split:
-            parts = SplitBackward(outputs, gradients, [tap])
+            parts = SplitBackward(outputs, gradients, [tap.anchor])
             if build == "chain":
                 assert tap.gradient is not None and all(p.grad is None for p in parameters)
             parts.finish()

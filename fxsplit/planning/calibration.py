@@ -28,7 +28,7 @@ from fxsplit.planning.document import load as load_document
 CLIENT, WORKER = "client", "worker"
 """The roles of a process."""
 
-VERSION = 1
+VERSION = 2
 """Version of the document; a reader refuses others."""
 
 CACHE_VARIABLE = "FXSPLIT_CACHE"
@@ -86,6 +86,8 @@ class Calibration:
         threads: of one operation on a CPU.
         role: 'client' or 'worker': a worker's process keeps its memory from step to step, which is faster.
         samples: of the largest micro-batch that was measured.
+        input_share: of backwards in two parts, the first one's seconds as a share of a backward in one piece.
+        weight_share: the same of the second one.
         nodes: in the order of the graph.
         codecs: the compressors that were measured.
     """
@@ -98,6 +100,8 @@ class Calibration:
     threads: int
     role: str
     samples: int
+    input_share: float
+    weight_share: float
     nodes: tuple[MeasuredNode, ...]
     codecs: tuple[MeasuredCodec, ...] = ()
     version: int = field(default=VERSION)
@@ -236,6 +240,6 @@ def _codec(data: object, where: str) -> MeasuredCodec:
 
 _READERS: Mapping[str, Reader[Any]] = {
     "model": text, "fingerprint": text, "device": text, "machine": text, "torch_version": text,
-    "threads": integer(1), "role": text, "samples": integer(1), "nodes": list_of(_node), "codecs": list_of(_codec),
-    "version": integer(1),
+    "threads": integer(1), "role": text, "samples": integer(1), "input_share": number, "weight_share": number,
+    "nodes": list_of(_node), "codecs": list_of(_codec), "version": integer(1),
 }  # fmt: skip

@@ -34,6 +34,8 @@ class Part:
         kept_bytes: what of that is saved and received for the whole batch.
         forward_s: predicted seconds of its forwards of all micro-batches.
         step_s: predicted seconds of their forwards and backwards.
+        input_s: of backwards in two parts, predicted seconds of the parts that the stage before waits for.
+        weight_s: predicted seconds of the other parts.
         is_measured: whether these come from what was measured on the device, or from an estimate.
     """
 
@@ -47,6 +49,8 @@ class Part:
     kept_bytes: int
     forward_s: float
     step_s: float
+    input_s: float
+    weight_s: float
     is_measured: bool = False
 
 
@@ -173,6 +177,8 @@ PART_READERS: Mapping[str, Reader[Any]] = {
     "kept_bytes": integer(0),
     "forward_s": number,
     "step_s": number,
+    "input_s": number,
+    "weight_s": number,
     "is_measured": boolean,
 }
 EDGE_READERS: Mapping[str, Reader[Any]] = {

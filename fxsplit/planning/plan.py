@@ -46,7 +46,7 @@ from fxsplit.planning.render import Report
 from fxsplit.planning.units import format_bytes, format_macs, format_seconds
 from fxsplit.schedules import Times
 
-VERSION = 2
+VERSION = 3
 """Version of the saved plan; a reader refuses others."""
 
 SCHEDULES = tuple(kind.name for kind in schedules.SCHEDULES)

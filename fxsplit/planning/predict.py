@@ -95,13 +95,14 @@ def times_of(
 
 
 def stage_times(parts: Sequence[Part], chunks: int) -> tuple[StageTimes, ...]:
-    """Times of the stages for one micro-batch; half of a backward is for the gradients of the weights."""
+    """Times of the stages for one micro-batch."""
     return tuple(
         StageTimes(
             part.forward_s / chunks,
-            (part.step_s - part.forward_s) / 2 / chunks,
-            (part.step_s - part.forward_s) / 2 / chunks,
+            part.input_s / chunks,
+            part.weight_s / chunks,
             max(1, part.kept_bytes // chunks),
+            (part.step_s - part.forward_s) / chunks,
         )
         for part in parts
     )

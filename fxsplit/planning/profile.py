@@ -78,6 +78,25 @@ class NodeSeconds:
 
 
 @dataclass(frozen=True)
+class Split:
+    """A backward in two parts, each as a share of the backward in one piece; together they are no less than it.
+
+    Attributes:
+        input: the part that the stage before waits for, from half of the whole to all of it.
+        weight: the other part.
+    """
+
+    input: float = 0.6
+    weight: float = 0.7
+
+    @classmethod
+    def of(cls, input_share: float, weight_share: float) -> Split:
+        """Of what was measured."""
+        share = min(max(input_share, 0.5), 1.0)
+        return cls(share, max(weight_share, 1.0 - share))
+
+
+@dataclass(frozen=True)
 class Profile:
     """Speeds of devices and codecs.
 
@@ -85,11 +104,17 @@ class Profile:
         nodes: device as written -> node name -> its measured seconds.
         codecs: spelling of a compressor and device as written, or type of device -> its measured speed.
         links: (sending worker, receiving worker) -> its measured link.
+        splits: device as written -> backwards in two parts, as measured there.
     """
 
     nodes: Mapping[str, Mapping[str, NodeSeconds]] = field(default_factory=dict)
     codecs: Mapping[tuple[str, str], CodecSpeed] = field(default_factory=dict)
     links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
+    splits: Mapping[str, Split] = field(default_factory=dict)
+
+    def split(self, placement: Placement) -> Split:
+        """A backward in two parts on a device; an estimate if it was not measured."""
+        return self.splits.get(placement.spelling, Split())
 
     def node(self, node: NodeCost, placement: Placement) -> NodeSeconds:
         """Seconds of a node where it is placed; an estimate if they were not measured."""
@@ -131,15 +156,16 @@ class Profile:
         Raises:
             PlanError: a calibration is of another model.
         """
-        nodes, codecs = {}, {}
+        nodes, codecs, splits = {}, {}, {}
         for device, found in calibrations.items():
             if found.nodes:
                 found.check_model(costs.model, costs.fingerprint)
                 nodes[device] = _nodes_of(costs, found)
+                splits[device] = Split.of(found.input_share, found.weight_share)
             for each in found.codecs:
                 speed = CodecSpeed(each.encode_s_per_byte, each.decode_s_per_byte, each.call_s)
                 codecs[each.compressor, device] = speed
-        return cls(nodes, codecs, dict(links or {}))
+        return cls(nodes, codecs, dict(links or {}), splits)
 
     @classmethod
     def kept(cls, costs: CostTable, devices: Iterable[str]) -> Profile:
@@ -179,7 +205,8 @@ class Profile:
             for (spelling, known), speed in self.codecs.items()
             if known == like
         }
-        return replace(self, nodes={**self.nodes, device: times}, codecs={**self.codecs, **codecs})
+        splits = {**self.splits, device: self.splits[like]} if like in self.splits else self.splits
+        return replace(self, nodes={**self.nodes, device: times}, codecs={**self.codecs, **codecs}, splits=splits)
 
     def is_measured(self, placement: Placement) -> bool:
         """Whether the nodes were measured on a device."""

@@ -16,7 +16,7 @@ from fxsplit.costs import CostTable, NodeCost, Value
 from fxsplit.errors import CompressorError
 from fxsplit.planning.devices import Placement
 from fxsplit.planning.parts import NO_COMPRESSOR, Edge, Part, is_local
-from fxsplit.planning.profile import NodeSeconds, Profile, seconds_per_mac
+from fxsplit.planning.profile import NodeSeconds, Profile, Split, seconds_per_mac
 from fxsplit.planning.recompute import Needs
 from fxsplit.spec import TensorSpec
 from fxsplit.trace.effects import layout_name
@@ -103,6 +103,7 @@ class _Sums:
     static_bytes: int
     saved_bytes: int
     seconds: NodeSeconds
+    split: Split
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ class Stages:
             learned_s = inserted[stage] * seconds_per_mac(placement)
             forward_s = own.seconds.forward_s + calls_s + learned_s
             kept = own.saved_bytes + received[stage]
+            backward_s = own.seconds.backward_s + chunks * own.seconds.backward_call_s + 2 * learned_s
             share = chunks if live is None else live[stage]
             part = Part(
                 stage=stage,
@@ -172,11 +174,20 @@ class Stages:
                 memory_bytes=own.static_bytes + -(-kept * share // chunks),
                 kept_bytes=kept,
                 forward_s=forward_s,
-                step_s=forward_s + own.seconds.backward_s + chunks * own.seconds.backward_call_s + 2 * learned_s,
+                step_s=forward_s + backward_s,
+                input_s=own.split.input * backward_s,
+                weight_s=own.split.weight * backward_s,
                 is_measured=self.profile.is_measured(placement),
             )
             parts.append(part)
         return tuple(parts)
+
+    def _split(self, stage: int, placement: Placement) -> Split:
+        """Of a stage's backward; nobody waits for gradients of the model's inputs, so there is but one part."""
+        is_awaited = any(
+            v.is_compressible and s >= 0 and t == stage and whole for v, s, t, whole in self._crossings
+        )
+        return self.profile.split(placement) if is_awaited else Split(1.0, 0.0)
 
     @cached_property
     def _sums(self) -> list[_Sums]:
@@ -199,6 +210,7 @@ class Stages:
                     sum(each.call_s for each in seconds),
                     sum(each.backward_call_s for each in seconds),
                 ),
+                self._split(stage, placement),
             )
             sums.append(own)
         return sums

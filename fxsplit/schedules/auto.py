@@ -14,9 +14,6 @@ from fxsplit.schedules.listing import backward_first, listed, longest_path_first
 from fxsplit.schedules.simulation import Clock, replayed
 from fxsplit.schedules.times import Times
 
-WORTH_A_SPLIT = 0.1
-"""A backward in two parts takes longer than a whole one: it has to save at least this share of the step."""
-
 _SAME_TIME = 0.01
 
 
@@ -36,24 +33,23 @@ class Auto(Schedule):
 
     def simulated(self, workers: Sequence[str], chunks: int, times: Times, most_s: float = inf) -> Clock | None:
         """The simulation of its orders, without a second one of those that are chosen."""
-        if most_s < inf and all(clock.is_late for _, clock, _ in _candidates(workers, chunks, times, most_s)):
+        if most_s < inf and all(clock.is_late for _, clock in _candidates(workers, chunks, times, most_s)):
             return None
         return self._best(workers, chunks, times)[1]
 
     def _best(self, workers: Sequence[str], chunks: int, times: Times) -> tuple[dict[str, list[Action]], Clock]:
         found: list[tuple[float, int, int, dict[str, list[Action]], Clock]] = []
-        for orders, clock, is_split in _candidates(workers, chunks, times):
-            price = clock.step_s * (1.0 + (WORTH_A_SPLIT if is_split else 0.0))
-            found.append((price, clock.most_bytes, len(found), orders, clock))
-        best = min(price for price, *_ in found)
+        for orders, clock in _candidates(workers, chunks, times):
+            found.append((clock.step_s, clock.most_bytes, len(found), orders, clock))
+        best = min(step_s for step_s, *_ in found)
         as_fast = [entry for entry in found if entry[0] <= best * (1.0 + _SAME_TIME)]
         return min(as_fast, key=lambda entry: entry[1:3])[-2:]
 
 
 def _candidates(
     workers: Sequence[str], chunks: int, times: Times, most_s: float = inf
-) -> Iterator[tuple[dict[str, list[Action]], Clock, bool]]:
-    """Orders, their simulation, and whether backwards are split in them."""
+) -> Iterator[tuple[dict[str, list[Action]], Clock]]:
+    """Orders, with whole backwards and with those in two parts, and their simulation."""
     priorities = (backward_first, longest_path_first(times))
     for is_split in (False, True):
         for priority in priorities:
@@ -61,7 +57,7 @@ def _candidates(
             if not clock.is_late and len(set(workers)) > 2:
                 # From several senders packets may come to a decoder in another order than they were listed in.
                 clock = replayed(orders, workers, times, chunks, most_s)
-            yield orders, clock, is_split
+            yield orders, clock
         fixed: tuple[Schedule, ...] = (
             (ZeroBubble(),) if is_split else (GPipe(), OneForwardOneBackward(), Interleaved())
         )
@@ -70,4 +66,4 @@ def _candidates(
                 orders = schedule.orders(workers, chunks, times)
             except PlanError:  # not for these workers and micro-batches
                 continue
-            yield orders, replayed(orders, workers, times, chunks, most_s), is_split
+            yield orders, replayed(orders, workers, times, chunks, most_s)

@@ -103,7 +103,8 @@ class Clock:
         self._log: list[tuple[int, Action, float, float]] = []
         self._spare = [most_s] * len(self._free)  # seconds that each worker may still be idle
         for home, stage in zip(self._home, times.stages, strict=True):
-            self._spare[home] -= chunks * (stage.forward_s + stage.backward_s)
+            least_s = min(stage.backward_s, stage.input_s + stage.weight_s)
+            self._spare[home] -= chunks * (stage.forward_s + least_s)
         self.is_late = min(self._spare) <= 0.0
 
     def begin_s(self, action: Action) -> float:

@@ -13,20 +13,21 @@ class StageTimes:
 
     Attributes:
         forward_s: seconds of its forward.
-        input_s: seconds of its backward that the stage before waits for.
-        weight_s: seconds of the rest of its backward.
+        input_s: of a backward in two parts, seconds of the one that the stage before waits for.
+        weight_s: seconds of the other part.
         live_bytes: what is kept from the forward to the end of the backward.
+        backward_s: seconds of a backward in one piece; those of both parts if not given.
     """
 
     forward_s: float
     input_s: float
     weight_s: float
     live_bytes: int = 1
+    backward_s: float = -1.0
 
-    @property
-    def backward_s(self) -> float:
-        """Seconds of the whole backward."""
-        return self.input_s + self.weight_s
+    def __post_init__(self) -> None:
+        if self.backward_s < 0:
+            object.__setattr__(self, "backward_s", self.input_s + self.weight_s)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from fxsplit.runtime.packet import GradientTap
-
 _Root = tuple[list[GradientEdge], list[Tensor]]
 
 
@@ -29,19 +27,17 @@ class SplitBackward:
     Args:
         outputs: the values whose gradients came.
         gradients: one for each.
-        taps: where the gradients of the inputs come out.
+        anchors: leaves of the graph, at which the gradients of the inputs come out.
     """
 
-    def __init__(
-        self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], taps: Sequence[GradientTap]
-    ) -> None:
+    def __init__(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], anchors: Sequence[Tensor]) -> None:
         self._parts: list[tuple[_Root, list[Tensor]]] = []
         roots = [output.grad_fn for output in outputs]
         leading, order = _leading_to(
-            {id(tap.anchor) for tap in taps}, [root for root in roots if root is not None]
+            {id(anchor) for anchor in anchors}, [root for root in roots if root is not None]
         )
         junctions = _junctions(leading, order)
-        if junctions is None or not taps:
+        if junctions is None or not anchors:
             if outputs:
                 torch.autograd.backward(list(outputs), list(gradients))
             return
@@ -55,7 +51,7 @@ class SplitBackward:
                     [o for o, _ in first],
                     [g for _, g in first],
                     retain_graph=True,
-                    inputs=[tap.anchor for tap in taps],
+                    inputs=list(anchors),
                 )
         finally:
             for hook in hooks:

@@ -71,18 +71,21 @@ CONTENDERS: Mapping[str, Sequence[Contender]] = {
         *BASE,
         Contender("torch", chunks=4),
         Contender("fxsplit", 2, 2, cuda_graphs=False),
-        *(Contender("fxsplit", stages, chunks) for stages, chunks in ((2, 2), (4, 2), (6, 2), (4, 4))),
+        *(Contender("fxsplit", stages, chunks) for stages, chunks in ((2, 2), (4, 2), (4, 4))),
+        Contender("fxsplit", 4, 4, "zero-bubble"),
     ),
     "mobilenet-256": (
         *BASE,
         Contender("torch", chunks=4),
-        *(Contender("fxsplit", stages, chunks) for stages, chunks in ((2, 4), (4, 4), (6, 4), (8, 4), (4, 8))),
+        *(Contender("fxsplit", stages, chunks) for stages, chunks in ((4, 4), (6, 4), (8, 4), (4, 8))),
+        Contender("fxsplit", 4, 4, "zero-bubble"),
     ),
     "roberta-32": (
         *BASE,
         Contender("torch", chunks=4),
         Contender("fxsplit", 4, 2, cuda_graphs=False),
-        *(Contender("fxsplit", stages, chunks) for stages, chunks in ((2, 2), (4, 2), (6, 2), (12, 2))),
+        *(Contender("fxsplit", stages, chunks) for stages, chunks in ((4, 2), (6, 2), (12, 2))),
+        Contender("fxsplit", 4, 4, "zero-bubble"),
     ),
 }
 """By task."""

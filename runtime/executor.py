@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from fxsplit.runtime.packet import GradientTap, Key, Packet, pack, unpack
 from fxsplit.runtime.randomness import seeded, set_states, state_key, states
 from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.run_state import RunState, Saved
+from fxsplit.runtime.shared_memory import is_shared, lies_in, memory_of, own_copy
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.schedules import Action, Work
 from fxsplit.spec import TensorSpec
@@ -55,6 +56,11 @@ class Holding:
     checkpoint: tuple[str, ...] = ()
     graphs: StageGraphs | None = None
     ledger: Ledger | None = None
+
+    @cached_property
+    def buffer_memory(self) -> frozenset[int]:
+        """The memory of the buffers, which every micro-batch may change in place."""
+        return frozenset(memory_of(buffer for stage in self.stages.values() for buffer in stage.buffers()))
 
 
 class Executor:
@@ -193,6 +199,8 @@ class Executor:
         """Hands a value to a stage: at once if it is here, else by the courier."""
         to = self._worker_of(edge.source if backward else edge.target)
         key = self._key(edge, action, backward)
+        if backward and is_shared(value):
+            value = own_copy(value)  # the memory may be that of a parameter's gradient, too
         has_memory = backward or self._surroundings.grad
         memory = self._memory("send", edge, action.micro_batch, backward) if has_memory else None
         if to == self._endpoint.name:
@@ -237,19 +245,20 @@ class Executor:
             value, requires_grad = self._take(edge, action, backward=False)
             inputs.append((value, requires_grad and grad))
             del value  # the stage may free what it does not keep
+        pairs = zip(ports.inputs, inputs, strict=True)
+        came = memory_of(v for e, (v, _) in pairs if self._worker_of(e.source) == self._endpoint.name)
         self.shapes = ", ".join(str(TensorSpec.of(v)) for v, _ in inputs if isinstance(v, Tensor))
         ledger = self._holding.ledger
         before_bytes = ledger.live_bytes if ledger is not None else 0
         with self._drawing(action), self._report.timing(action.work, action):
             values = dict(zip(ports.outputs, self._replay_or_run(action, inputs, saved), strict=True))
-        # What stays here may be changed in place by its user: what leaves is encoded first.
-        for edge in sorted(ports.edges, key=lambda e: self._worker_of(e.target) == self._endpoint.name):
-            if self._worker_of(edge.target) == self._endpoint.name and any(
-                other.value == edge.value and self._worker_of(other.target) != self._endpoint.name
-                for other in ports.edges
-            ):
-                self._courier.finish()
-            self._give(edge, action, values[edge.value], backward=False)
+        # What is sent is read for a while: its user here, or the next micro-batch, may change it in place then.
+        here = [edge for edge in ports.edges if self._worker_of(edge.target) == self._endpoint.name]
+        changing = self._holding.buffer_memory | came | memory_of(values[edge.value] for edge in here)
+        for edge in ports.edges:
+            value = values[edge.value]
+            is_sent = edge not in here and lies_in(value, changing)
+            self._give(edge, action, own_copy(value) if is_sent else value, backward=False)
         if grad:
             saved.values = {n: v for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad}
             self._run.saved[action.stage, action.micro_batch] = saved
@@ -401,10 +410,11 @@ class Executor:
     def _return_output(self, edge: Edge, end: Action, value: Any) -> None:
         """Sends a model's output on to the client, from where the loss is made."""
         key = self._key(edge, end, False)
+        value = own_copy(value)  # the user's loss may change it in place
         if self._endpoint.name == CLIENT_NAME:
             self._endpoint.mailbox.put_back(key, pack(value, edge, key))
         elif is_small(value):  # the client looks at it when the step is done
-            self._outputs.append((key, pack(value.clone(), edge, key)))
+            self._outputs.append((key, pack(value, edge, key)))
         else:
             make = partial(pack, edge=edge, key=key)
             self._courier.send(end, CLIENT_NAME, key, value, make, self._report, True)

@@ -46,6 +46,7 @@ class Packet:
         value: the value, if it is no tensor.
         checksum: of key and payload, if the packet crosses a link; see `checksum_of`.
         marks: behind the work that makes the payload, if that is on a GPU; they stay in their process.
+        origin: the sender, and the packet's number among all from there to its receiver, if it crosses a link.
     """
 
     payload: tuple[Tensor, ...]
@@ -54,6 +55,7 @@ class Packet:
     value: Any = None
     checksum: int | None = None
     marks: Marks = ()
+    origin: tuple[str, int] | None = None
 
     @property
     def raw_bytes(self) -> int:
@@ -71,7 +73,13 @@ def checksum_of(key: Key, packet: Packet) -> int:
 
     What goes from GPU to GPU is not looked at.
     """
-    names = (*key, packet.spec, packet.requires_grad, [(str(t.dtype), *t.shape) for t in packet.payload])
+    names = (
+        *key,
+        packet.origin,
+        packet.spec,
+        packet.requires_grad,
+        [(str(t.dtype), *t.shape) for t in packet.payload],
+    )
     found = zlib.crc32(repr(names).encode())
     for tensor in packet.payload:
         flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # dense, in whatever order

@@ -27,6 +27,7 @@ from torch.distributed import rpc
 
 from fxsplit.errors import PipelineError, WorkerError
 from fxsplit.runtime import device_maps
+from fxsplit.runtime.arrivals import Departures
 from fxsplit.runtime.gate import Gate
 from fxsplit.runtime.handshake import interface_of
 from fxsplit.runtime.launch import WorkerProcess, WorkerSettings
@@ -104,6 +105,7 @@ class RpcEndpoint:
         self._session = session
         self._direct: dict[str, torch.device] = {}
         self._infos: dict[str, WorkerInfo] = {}
+        self._departures = Departures(name)
 
     def join(
         self,
@@ -158,7 +160,10 @@ class RpcEndpoint:
     def send_all(self, to: str, packets: Sequence[tuple[Key, Packet]]) -> Future[None]:
         """Hands packets to TensorPipe as one message."""
         direct = self._direct.get(to)
-        return self._invoke(to, _deliver, [(key, _ready_to_send(key, packet, direct)) for key, packet in packets])
+        ready = [
+            (key, _ready_to_send(key, packet, direct, self._departures.origin(to))) for key, packet in packets
+        ]
+        return self._invoke(to, _deliver, ready)
 
     def call(self, to: str, command: str, *arguments: Any) -> Future[Any]:
         """Runs a command there."""
@@ -198,8 +203,8 @@ def _resolve(to: str, done: torch.futures.Future[Any], result: Future[Any]) -> N
         result.set_exception(WorkerError(f"worker {to} did not answer", where=to, found=first_line))
 
 
-def _ready_to_send(key: Key, packet: Packet, direct: torch.device | None) -> Packet:
-    compact = replace(packet, payload=tuple(_compact(tensor, direct) for tensor in packet.payload))
+def _ready_to_send(key: Key, packet: Packet, direct: torch.device | None, origin: tuple[str, int]) -> Packet:
+    compact = replace(packet, payload=tuple(_compact(tensor, direct) for tensor in packet.payload), origin=origin)
     return replace(compact, checksum=checksum_of(key, compact))
 
 

@@ -24,6 +24,7 @@ from torch.autograd.graph import Node
 from fxsplit.errors import PipelineError
 from fxsplit.runtime.packet import GradientTap
 from fxsplit.runtime.recording import Recorder
+from fxsplit.runtime.shared_memory import own_copy
 from fxsplit.split_backward import SplitBackward
 from fxsplit.stage import Mode, StageModule
 from fxsplit.trace.replay import Surroundings
@@ -140,7 +141,7 @@ class Slot:
                 own.copy_(value)
         with self._kind.surroundings.active():
             self._forward()
-        return tuple(_copied(value) for value in self._outputs)
+        return tuple(own_copy(value) for value in self._outputs)
 
     def backward(self, gradients: Mapping[int, Tensor]) -> list[Tensor | None]:
         """Adds to the gradients of the parameters, or leaves that to `finish` if it is in two parts.
@@ -232,10 +233,6 @@ class Slot:
         )
         self._taps = [_Arrived(tap.gradient) if tap is not None else None for tap in self._taps]
         self._split = None
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
 def _variables_behind(ends: Sequence[Node]) -> set[int]:

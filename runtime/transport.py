@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fxsplit.errors import PipelineError
+from fxsplit.runtime.arrivals import Arrivals
 from fxsplit.runtime.packet import Key, Packet
 from fxsplit.runtime.place import Place
 from fxsplit.runtime.streams import mark
@@ -39,11 +41,12 @@ class LostWorker:
 class Mailbox:
     """Packets that have arrived or are waited for, by key. Safe to use from several threads.
 
-    A key is good for one packet: one that comes twice, or after its run is over, is refused and counted. The order
-    in which packets come does not matter, since each is taken by its key.
+    A key is good for one packet: one that comes twice, or after its run is over, is refused and counted; so is one
+    whose number has come before, whatever key it has, or that thousands of others have overtaken. Up to that the
+    order in which packets come does not matter, since each is taken by its key, as the schedule has it.
 
     Attributes:
-        refused: packets that were not taken: duplicates, and those of runs that are over.
+        refused: packets that were not taken.
     """
 
     def __init__(self) -> None:
@@ -53,6 +56,7 @@ class Mailbox:
         self._taken: dict[int, set[Key]] = {}
         self._aborted: dict[int, str] = {}
         self._over: dict[int, None] = {}
+        self._arrivals: defaultdict[str, Arrivals] = defaultdict(Arrivals)
 
     def receive(self, key: Key) -> Future[Packet]:
         """The packet, now or when it comes."""
@@ -69,6 +73,9 @@ class Mailbox:
         """
         marks = mark(packet.payload)
         with self._lock:
+            if packet.origin is not None and not self._arrivals[packet.origin[0]].take(packet.origin[1]):
+                self.refused += 1
+                return
             if key.run in self._aborted:
                 return  # it was under way when the run was given up
             slot = self._slots.setdefault(key, Future())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +14,10 @@ from torch import Tensor
 
 import fxsplit
 from fxsplit.errors import PipelineError
+from fxsplit.runtime import rpc
+from fxsplit.runtime.arrivals import LATEST, Arrivals
 from fxsplit.runtime.packet import Key, Packet, checksum_of
+from fxsplit.runtime.rpc import RpcEndpoint
 from fxsplit.runtime.transport import Mailbox
 from fxsplit.spec import TensorSpec
 from tests.models import images, mobilenet
@@ -57,6 +62,40 @@ def test_packets_that_overtake_each_other_are_told_apart() -> None:
     assert all(slot.result().value == micro_batch for micro_batch, slot in waiting.items())
 
 
+@given(st.lists(st.integers(1, 12), max_size=40))
+def test_each_number_is_taken_once_in_any_order(numbers: list[int]) -> None:
+    arrivals = Arrivals()
+    found = [arrivals.take(number) for number in numbers]
+    assert found == [number not in numbers[:index] for index, number in enumerate(numbers)]
+
+
+def test_what_thousands_have_overtaken_is_stale() -> None:
+    """Number 1 is lost on its way: what is remembered does not grow without end, and it is refused in the end."""
+    arrivals = Arrivals()
+    for number in range(2, 10 * LATEST):
+        assert arrivals.take(number)
+        assert len(arrivals.ahead) <= LATEST
+    assert not any(arrivals.take(number) for number in (1, 2, LATEST, 10 * LATEST - 1))
+
+
+def test_a_packet_of_long_ago_is_refused_by_its_number() -> None:
+    """Its run is forgotten: nothing but the number tells that it is old. Who sends it again under another name,
+    or with another number, changes what the checksum covers."""
+    box, packet = Mailbox(), Packet((), value="old", origin=("one", 1))
+    box.deliver(KEY, packet)
+    box.receive(KEY).result()
+    box.forget(KEY)
+    for run in range(3, 1000):
+        box.finish(run)
+    for key in (KEY, KEY._replace(run=2000), KEY._replace(micro_batch=7)):
+        box.deliver(key, packet)
+        assert not box.receive(key).done()
+    assert box.refused == 3
+    box.deliver(KEY._replace(run=2001), replace(packet, origin=("two", 1)))
+    assert box.receive(KEY._replace(run=2001)).done(), "each sender counts its own"
+    assert len({checksum_of(KEY, replace(packet, origin=o)) for o in (("one", 1), ("one", 2), ("two", 1))}) == 3
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_no_flipped_bit_goes_unnoticed(data: st.DataObject) -> None:
@@ -85,6 +124,32 @@ def test_no_flipped_bit_goes_unnoticed(data: st.DataObject) -> None:
     }
     name = data.draw(st.sampled_from(sorted(changes)))
     assert checksum_of(KEY._replace(**{name: changes[name]}), packet) != before
+
+
+def test_messages_that_come_twice_and_in_reverse_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over real connections: what the client sends to a worker, four at a time, and those of before again."""
+    send, held, sent = RpcEndpoint._invoke, list[Any](), list[Any]()
+
+    def disorderly(self: RpcEndpoint, to: str, function: Any, *arguments: Any) -> Future[Any]:
+        if function is not rpc._deliver:
+            return send(self, to, function, *arguments)
+        held.append(arguments)
+        answers = []
+        if len(held) == 4:
+            for message in (*reversed(held), *held, *sent):
+                answers.append(send(self, to, function, *message))
+            sent.extend(held)
+            held.clear()
+        return answers[0] if answers else Future()
+
+    with fxsplit.compile(mobilenet(), ["cpu", "one/cpu"], cuts=["features.5"], chunks=4) as pipe, torch.no_grad():
+        pipe.eval()
+        batches = [images(8), images(8) * 2.0, images(8) - 1.0]
+        expected = [pipe(batch) for batch in batches]
+        monkeypatch.setattr(RpcEndpoint, "_invoke", disorderly)
+        found = [pipe(batch) for batch in batches]
+    assert len(sent) == 12 and not held
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_damaged_packet_ends_the_step_and_not_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:

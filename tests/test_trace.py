@@ -294,3 +294,13 @@ def _tensors(output: Any) -> list[Tensor]:
     from torch.utils import _pytree as pytree
 
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def test_a_value_that_a_module_hands_through_is_more_than_its_layout() -> None:
+    """`nn.Identity` calls no torch function: what comes out of it is used all the same."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Identity(), nn.Linear(4, 4)), torch.rand(2, 4)
+    with (
+        fxsplit.compile(model, ["cpu", "one/cpu"], cuts=["1"], transport="in_process", example_inputs=x) as pipe,
+        torch.no_grad(),
+    ):
+        assert torch.equal(pipe(x), model(x))

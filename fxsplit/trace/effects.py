@@ -96,6 +96,8 @@ class Effects:
         states = generator_states(self._devices)
         self._untouched, self._operations = {id(tensor) for tensor in tensors}, 0
         result = function(*args, **kwargs)
+        for leaf in pytree.tree_leaves(result):  # what is handed through is looked at by whoever gets it
+            self._untouched.discard(id(leaf))
         with torch._C.DisableTorchFunction():  # what is looked at below is not seen as the call's
             self._note(tensors, versions, states)
         return result

@@ -1,14 +1,18 @@
 """Which tensors go from GPU to GPU between processes: TensorPipe's device maps.
 
 TensorPipe wants to be told, for each pair of workers, where on the receiver a tensor on a device of the sender
-goes. That is clear between workers with one CUDA device each; what other workers send goes by way of their hosts.
+goes. That is clear between workers of one host with one CUDA device each; what others send goes by way of host
+memory, where it gets a checksum of its bytes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
+import uuid
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,12 +45,31 @@ def sole_gpus(placements: Iterable[Placement]) -> dict[str, int]:
     return {worker: min(indices) for worker, indices in found.items() if len(indices) == 1}
 
 
-def exchange(store: Store, rank: int, gpus: Mapping[str, int]) -> dict[str, int]:
-    """What the client knows of the workers' GPUs, at every member of the group."""
+def exchange(store: Store, name: str, rank: int, gpus: Mapping[str, int]) -> dict[str, int]:
+    """What the client knows of the GPUs of the workers that are on the same host as this one, by worker.
+
+    Args:
+        store: by which the members of the group meet.
+        name: of this worker.
+        rank: of this worker; the client's is 0.
+        gpus: as the client knows them; of no matter elsewhere.
+    """
     if rank == 0:
         store.set(_KEY, json.dumps(dict(gpus)))
     known: dict[str, int] = json.loads(store.get(_KEY))
-    return known
+    if name not in known:
+        return {}
+    here = _host()
+    store.set(f"{_KEY}/{name}", here)
+    return {peer: index for peer, index in known.items() if store.get(f"{_KEY}/{peer}").decode() == here}
+
+
+def _host() -> str:
+    """Tells this host from all others, whatever their names are."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return f"{socket.gethostname()} {uuid.getnode()}"
 
 
 def peers_of(name: str, gpus: Mapping[str, int]) -> dict[str, dict[torch.device, torch.device]]:

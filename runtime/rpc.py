@@ -126,7 +126,7 @@ class RpcEndpoint:
         """
         global _endpoint
         _endpoint = self
-        maps = device_maps.peers_of(self.name, device_maps.exchange(store, rank, gpus or {}))
+        maps = device_maps.peers_of(self.name, device_maps.exchange(store, self.name, rank, gpus or {}))
         self._direct = {peer: next(iter(pairs)) for peer, pairs in maps.items()}
         by_address = {self._address(peer): dict(pairs) for peer, pairs in maps.items()}
         channels, reverse, devices = device_maps.options_of(by_address)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -200,8 +200,7 @@ class _Builder:
             made = first
             traced = trace(self.model, example, cuts=first.cut_names, verify=self.verify, exact=exact)
         if self.verify:  # without compressors: these change the numbers, and are meant to
-            plain = replace(made, compressor="none", gradient_compressor="none")
-            verify_split(rewrite(traced, plain), len(made.parts), example, exact=exact)
+            verify_split(rewrite(traced, made, is_plain=True), len(made.parts), example, exact=exact)
         if self.deferred and any(graph.front_end == "export" for graph in traced.graphs.values()):
             raise PipelineError(
                 "deferred_batch_norm needs batch norm layers, and torch.export has taken them apart",

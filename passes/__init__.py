@@ -9,13 +9,13 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fxsplit.compressors.inserted import InsertedModules
-from fxsplit.compressors.registry import compressors
 from fxsplit.errors import PlanError
 from fxsplit.passes.assign_stages import AssignStages
 from fxsplit.passes.base import Pass
 from fxsplit.passes.insert_codecs import InsertCodecs
 from fxsplit.passes.recompute_values import RecomputeValues
 from fxsplit.planning import Plan
+from fxsplit.planning.stages import Codecs
 from fxsplit.trace.traced import TracedGraph, TracedModel, constants_of, make_graph_module, mode_name
 
 __all__ = ["PASSES", "AssignStages", "InsertCodecs", "Pass", "RecomputeValues", "rewrite"]
@@ -23,7 +23,9 @@ __all__ = ["PASSES", "AssignStages", "InsertCodecs", "Pass", "RecomputeValues", 
 PASSES: tuple[type[Pass], ...] = (AssignStages, RecomputeValues, InsertCodecs)
 
 
-def rewrite(traced: TracedModel, plan: Plan, inserted: InsertedModules | None = None) -> TracedModel:
+def rewrite(
+    traced: TracedModel, plan: Plan, inserted: InsertedModules | None = None, *, is_plain: bool = False
+) -> TracedModel:
     """Carries a plan out on a traced model: every node gets its stage, and cut edges their codecs.
 
     The result is still an ordinary callable that runs whole in one process, codecs inside, over the same
@@ -33,6 +35,7 @@ def rewrite(traced: TracedModel, plan: Plan, inserted: InsertedModules | None = 
         traced: the model.
         plan: what to carry out.
         inserted: the modules of learned compressors, if another recording of the model has them already.
+        is_plain: without the plan's compressors, so that the numbers stay the model's.
 
     Raises:
         PlanError: a cut of the plan is not reached in one of the model's modes.
@@ -43,13 +46,24 @@ def rewrite(traced: TracedModel, plan: Plan, inserted: InsertedModules | None = 
     graphs = {}
     for training, graph in traced.graphs.items():
         if id(graph) not in done:
-            done[id(graph)] = _rewrite_graph(traced, graph, plan, mode_name(training), inserted)
+            device = next((p.device for p in traced.model.parameters()), torch.device("cpu"))
+            passes = passes_of(plan, graph, mode_name(training), device, inserted, is_plain=is_plain)
+            module = _copy(traced, graph.module)
+            for each in passes:
+                each(module)
+            done[id(graph)] = replace(graph, module=module)
         graphs[training] = done[id(graph)]
     return replace(traced, graphs=graphs)
 
 
 def passes_of(
-    plan: Plan, graph: TracedGraph, mode: str, device: torch.device, inserted: InsertedModules
+    plan: Plan,
+    graph: TracedGraph,
+    mode: str,
+    device: torch.device,
+    inserted: InsertedModules,
+    *,
+    is_plain: bool = False,
 ) -> tuple[Pass, ...]:
     """The passes that carry a plan out, in their order."""
     for name in plan.cut_names:
@@ -59,28 +73,20 @@ def passes_of(
                 found=name,
                 hint="cut at a module that both modes call",
             )
+    codecs = Codecs.of(None, None, len(plan.cuts)) if is_plain else plan.codecs
     return (
         AssignStages(tuple(graph.cut_points[name] for name in plan.cut_names)),
         RecomputeValues(plan.workers, plan.recomputed, device),
         InsertCodecs(
             plan.workers,
             plan.cut_names,
-            compressors(plan.compressor, len(plan.cuts)),
-            compressors(plan.gradient_compressor, len(plan.cuts)),
+            codecs.forward,
+            codecs.backward,
+            codecs.edges,
             inserted,
             device,
         ),
     )
-
-
-def _rewrite_graph(
-    traced: TracedModel, graph: TracedGraph, plan: Plan, mode: str, inserted: InsertedModules
-) -> TracedGraph:
-    module = _copy(traced, graph.module)
-    device = next((p.device for p in traced.model.parameters()), torch.device("cpu"))
-    for each in passes_of(plan, graph, mode, device, inserted):
-        each(module)
-    return replace(graph, module=module)
 
 
 def _copy(traced: TracedModel, module: GraphModule) -> GraphModule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -37,6 +38,7 @@ class InsertCodecs(Pass):
         cuts: name of each cut.
         compressors: for each cut, the compressor of what the stage behind it receives from earlier stages.
         gradient_compressors: for each cut, the compressor of the gradients, on the way back.
+        edges: value and target stage of edges that have others -> their compressors, there and back.
         inserted: the modules of learned compressors, made as they are needed.
         device: where the model is.
     """
@@ -46,6 +48,7 @@ class InsertCodecs(Pass):
     cuts: tuple[str, ...]
     compressors: tuple[Compressor, ...]
     gradient_compressors: tuple[Compressor, ...]
+    edges: Mapping[tuple[str, int], tuple[Compressor, Compressor]] = field(default_factory=dict)
     inserted: InsertedModules = field(default_factory=InsertedModules, compare=False)
     device: torch.device | None = None
 
@@ -78,7 +81,8 @@ class InsertCodecs(Pass):
     def _codecs(self, node: Node, stage: int) -> tuple[Compressor, Compressor]:
         """The compressors of a value and of its gradient, if it has one."""
         if is_compressible(node) and node.op != "placeholder":
-            return self.compressors[stage - 1], self.gradient_compressors[stage - 1]
+            plain = self.compressors[stage - 1], self.gradient_compressors[stage - 1]
+            return self.edges.get((node.name, stage), plain)
         return exact_coding(node.meta["spec"]), Lossless()
 
     @staticmethod

@@ -252,7 +252,8 @@ class Engine(Group):
     def split_name(self) -> str:
         """What the memories of compressors depend on."""
         plan = self._plan
-        return f"{plan.devices} {plan.cut_names} {plan.chunks} {plan.compressor} {plan.gradient_compressor}"
+        codecs = [(e.value, e.target, e.compressor, e.gradient_compressor) for e in plan.edges if e.is_compressed]
+        return f"{plan.devices} {plan.cut_names} {plan.chunks} {codecs}"
 
     def _boundary(self, mode: Mode) -> Boundary:
         assert self._split is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from fxsplit.planning.guard import Guard
 from fxsplit.planning.limits import violations
 from fxsplit.planning.links import Links
 from fxsplit.planning.planner import OPTIMIZERS, _codecs, _objective, plan
-from fxsplit.planning.problem import Problem
+from fxsplit.planning.problem import Option, Problem
 from fxsplit.planning.profile import CodecSpeed, NodeSeconds, Profile
 from fxsplit.planning.stages import Codecs
 from fxsplit.spec import TensorSpec
@@ -34,6 +35,7 @@ LISTS = [
     ["cpu"],
 ]
 KINDS = ("chain", "branches", "anything")
+MOST_DRAFTS = 3_000  # of brute force, that the tests take seconds
 
 
 def random_graph(draw: random.Random, kind: str) -> CostTable:
@@ -103,14 +105,42 @@ def every_draft(problem: Problem) -> Iterator[Draft]:
         for positions in itertools.combinations(problem.positions, len(option.cuts)):
             if 0 in positions[1:]:
                 continue
-            there = itertools.product(*(problem.there[cut] for cut in option.cuts))
-            for forward in there:
-                for backward in itertools.product(*(problem.back[cut] for cut in option.cuts)):
-                    codecs = Codecs(forward, backward)
-                    try:
-                        yield Draft.of(problem, option.placements, positions, codecs, option.chunks)
-                    except PlanError:  # not for this schedule
-                        continue
+            for codecs in every_codecs(problem, option, positions):
+                try:
+                    yield Draft.of(problem, option.placements, positions, codecs, option.chunks)
+                except PlanError:  # not for this schedule
+                    continue
+
+
+def coded_edges(problem: Problem, option: Option, positions: tuple[int, ...]) -> list[tuple[str, int]]:
+    """Value and target of each edge that may have a codec."""
+    workers = tuple(placement.worker for placement in option.placements)
+    return [
+        (value.name, target)
+        for value, source, target, is_whole in problem.stages(option.placements, positions).crossings
+        if is_whole and value.is_compressible and source >= 0 and target < len(workers)
+        and workers[source] != workers[target]
+    ]  # fmt: skip
+
+
+def every_codecs(problem: Problem, option: Option, positions: tuple[int, ...]) -> Iterator[Codecs]:
+    """A codec for each edge, there and back."""
+    plain = [tuple(codecs[cut][0] for cut in option.cuts) for codecs in (problem.there, problem.back)]
+    edges = coded_edges(problem, option, positions)
+    cuts = [option.cuts[target - 1] for _, target in edges]
+    for pairs in itertools.product(*(itertools.product(problem.there[cut], problem.back[cut]) for cut in cuts)):
+        yield Codecs(plain[0], plain[1], dict(zip(edges, pairs, strict=True)))
+
+
+def count_of_drafts(problem: Problem) -> int:
+    """How many `every_draft` has."""
+    count = 0
+    for option in problem.options():
+        for positions in itertools.combinations(problem.positions, len(option.cuts)):
+            edges = [] if 0 in positions[1:] else coded_edges(problem, option, positions)
+            cuts = [option.cuts[target - 1] for _, target in edges]
+            count += math.prod(len(problem.there[cut]) * len(problem.back[cut]) for cut in cuts)
+    return count
 
 
 def case(seed: int) -> tuple[CostTable, list[str], dict[str, Any], dict[str, Any]]:
@@ -137,6 +167,8 @@ def case(seed: int) -> tuple[CostTable, list[str], dict[str, Any], dict[str, Any
     if options["chunks"] == "auto" and is_auto:
         options["chunks"] = 2
     options["optimizer"] = draw.choice(list(OPTIMIZERS))
+    if is_auto and count_of_drafts(problem_of(costs, devices, options, Budget())) > MOST_DRAFTS:
+        options["compressor"], options["gradient_compressor"] = "uniform4", "none"
     links: dict[str, Any] = {"bandwidth": 10.0 ** draw.randint(5, 9), "latency": draw.choice([0.0, 1e-4, 1e-2])}
     if len(devices) > 1 and draw.random() < 0.3:
         links["bandwidth"] = {devices[1]: 1e6, f"client -> {devices[1]}": 1e7}

@@ -64,6 +64,6 @@ def _choices(problem: Problem, draft: Draft) -> Iterator[tuple[str, _Choice]]:
     if count > 1 and draft.positions[0] > 0:
         names = (_INPUT, *draft.names[1:])
         yield "the raw input sent", (draft.placements, (0, *draft.positions[1:]), names, draft.codecs)
-    if any(not isinstance(codec, Lossless) for codec in (*draft.codecs.forward, *draft.codecs.backward)):
+    if any(not isinstance(codec, Lossless) for codec in draft.codecs.all):
         plain = Codecs((none,) * count, (none,) * count)
         yield "no compression", (draft.placements, draft.positions, draft.names, plain)

@@ -13,39 +13,37 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations, pairwise, product
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fxsplit.costs import Value
-from fxsplit.errors import CompressorError
 from fxsplit.planning.bounds import FloatArray, HopBound, Work
 from fxsplit.planning.devices import CLIENT
+from fxsplit.planning.edge_codecs import EdgeChoices
 from fxsplit.planning.hops import (
-    EDGES,
+    BYTES,
+    BYTES_BACK,
     FIXED,
-    GRADIENTS,
-    RAW,
-    CodecChoices,
+    LEAST_RAW,
     IntArray,
-    Laid,
-    Least,
     Number,
     Pair,
     add_hop,
-    hop_seconds,
+    least_columns,
+    least_hops,
 )
 from fxsplit.planning.limits import excess_of_count, excess_of_time, limits_by_position
+from fxsplit.planning.parts import is_local
 from fxsplit.planning.problem import Option, Problem
 from fxsplit.planning.replay import actions_of, step_bound
-from fxsplit.planning.stages import Codecs
+from fxsplit.planning.stages import Stages
 
 Intervals = dict[int, tuple[IntArray, IntArray]]
 """For each axis, per use of a value, the bounds of the cut's position: above the first, up to the second."""
 
-_TOO_MANY_BYTES = 2**50
 _MOST_REPLAYED = 50_000
 """Candidates whose schedules are replayed: beyond, the bound in closed form has to do until few are left."""
 _ANYWHERE = np.iinfo(np.int64).max
@@ -92,6 +90,42 @@ class Uses:
         return Uses(self.made[rows], self.after[rows], self.used[rows], self.weights[rows])
 
 
+@dataclass(frozen=True)
+class _Load:
+    """By stage, each an array over the candidates: seconds of a micro-batch, and what the budget limits.
+
+    Attributes:
+        forward: seconds of forwards.
+        backward: seconds of backwards.
+        macs: of the batch.
+        static: bytes of parameters, gradients and the optimizer's state.
+        saved: bytes that are kept for the backward of the batch.
+    """
+
+    forward: list[FloatArray]
+    backward: list[FloatArray]
+    macs: list[IntArray]
+    static: list[IntArray]
+    saved: list[IntArray]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Between stages, each an array over the candidates.
+
+    Attributes:
+        received: bytes that each stage gets from other workers, uncompressed.
+        wire_bytes: source and target -> bytes there and back.
+        there: the hops of activations.
+        back: the hops of their gradients, under the same keys.
+    """
+
+    received: list[IntArray]
+    wire_bytes: dict[Pair, tuple[IntArray, IntArray]] = field(default_factory=dict)
+    there: dict[Pair, HopBound] = field(default_factory=dict)
+    back: dict[Pair, HopBound] = field(default_factory=dict)
+
+
 class Lattice:
     """Scores candidates of one option: stages on given devices, with a given number of micro-batches."""
 
@@ -110,12 +144,29 @@ class Lattice:
 
     def score(self, axes: Sequence[IntArray]) -> Scores:
         """The scores of all choices of one position from each axis; the axes are ascending and not empty."""
-        dims = len(axes)
-        flows = list(self._flows(axes))
-        codecs = [
-            (Least(self._problem.forward[cut]), Least(self._problem.backward[cut])) for cut in self._option.cuts
+        dims, option, stages = len(axes), self._option, len(self._workers)
+        found = _Found([np.zeros((), np.int64)] * (stages + 1))
+        for source, target, intervals, uses in self._flows():
+            weights = least_columns(self._problem, option, uses.weights, source, target)
+            sums = _sums(axes, intervals, weights)
+            found.received[target] = found.received[target] + sums[LEAST_RAW]
+            found.wire_bytes[source, target] = sums[BYTES], sums[BYTES_BACK]
+            if target < stages:
+                ends = self._workers[max(source, 0)], self._workers[target]
+                hops = least_hops(self._problem, sums, ends)
+                add_hop(found.there, (max(source, 0), target), hops[0])
+                add_hop(found.back, (max(source, 0), target), hops[1])
+        places, each = option.placements, self._between_cuts
+        load = _Load(
+            [each(self._forward[p], s, axes) for s, p in enumerate(places)],
+            [each(self._backward[p], s, axes) for s, p in enumerate(places)],
+            *([each(sums, s, axes) for s in range(stages)] for sums in (self._macs, self._static, self._saved)),
+        )
+        limits = [
+            _along(np.array([self._cut_limits.get(int(p), -1) for p in axis]), cut, dims)
+            for cut, axis in enumerate(axes)
         ]
-        scores = self._score(axes, flows, codecs)
+        scores = self._score(load, found, limits)
         shape = tuple(len(axis) for axis in axes)
         bound, excess = (np.broadcast_to(a, shape).astype(np.float64) for a in (scores.bound, scores.excess))
         for first, second in pairwise(range(dims)):
@@ -123,65 +174,52 @@ class Lattice:
             bound, excess = np.where(unordered, np.inf, bound), np.where(unordered, np.inf, excess)
         return Scores(bound, excess)
 
-    def score_codecs(self, positions: Sequence[int]) -> Scores:
-        """The scores of all choices of codecs at given cuts: an axis a cut there, then an axis a cut back."""
-        dims = len(positions)
-        axes = [np.array([position]) for position in positions]
-        flows = [(s, t, sums.reshape(len(sums), *(1,) * (2 * dims))) for s, t, sums in self._flows(axes)]
-        codecs = [
-            (Laid(self._problem.forward[cut], axis), Laid(self._problem.backward[cut], dims + axis))
-            for axis, cut in enumerate(self._option.cuts)
-        ]
-        wide = [axis.reshape((1,) * 2 * dims) for axis in axes]
-        scores = self._score(wide, flows, codecs)
-        cuts = self._option.cuts
-        shape = [len(self._problem.forward[c]) for c in cuts] + [len(self._problem.backward[c]) for c in cuts]
+    def score_codecs(self, stages: Stages, choices: EdgeChoices) -> Scores:
+        """The scores of all choices of codecs at given cuts: an axis for each way, there and back in turns."""
+        parts, chunks, shape = stages.parts((), self._option.chunks), self._option.chunks, choices.shape
+        found = _Found([np.zeros((), np.int64)] * (len(parts) + 1))
+        for value, source, target, is_whole in stages.crossings:
+            if is_whole and not is_local(source, target, stages.workers):
+                found.received[target] = found.received[target] + value.nbytes
+                if target == len(parts):
+                    edge, known = (
+                        self._problem.edges_of(value, (1, 2))[0][0],
+                        found.wire_bytes.get((source, target)),
+                    )
+                    counts = (np.asarray(edge.wire_bytes), np.asarray(edge.gradient_wire_bytes))
+                    found.wire_bytes[source, target] = (
+                        counts if known is None else (known[0] + counts[0], known[1] + counts[1])
+                    )
+        for index, (pair, way) in enumerate(choices.ways.items()):
+            laid = [_along(s.wire_bytes, 2 * index + k, len(shape)) for k, s in enumerate((way.there, way.back))]
+            found.wire_bytes[pair] = laid[0], laid[1]
+            for hops, sums, latency_s, axis in (
+                (found.there, way.there, way.latency_s, 2 * index),
+                (found.back, way.back, way.back_latency_s, 2 * index + 1),
+            ):
+                pieces = [_along(column, axis, len(shape)) for column in (sums.seconds.sum(1), *sums.seconds.T)]
+                hops[pair] = HopBound(pieces[0], np.asarray(latency_s), *pieces[1:])
+        load = _Load(
+            [np.asarray(part.forward_s / chunks) for part in parts],
+            [np.asarray((part.step_s - part.forward_s) / chunks) for part in parts],
+            [np.asarray(part.macs) for part in parts],
+            [np.asarray(part.memory_bytes - part.kept_bytes) for part in parts],
+            [np.asarray(part.kept_bytes) for part in parts],
+        )
+        limits = [np.asarray(self._cut_limits.get(position, -1)) for position in stages.positions]
+        scores = self._score(load, found, limits)
         return Scores(*(np.broadcast_to(a, shape).astype(np.float64) for a in (scores.bound, scores.excess)))
 
-    def _score(
-        self, axes: Sequence[IntArray], flows: Sequence[tuple[int, int, IntArray]], codecs: CodecChoices
-    ) -> Scores:
-        problem, option = self._problem, self._option
-        stages = len(option.placements)
-        there, back = dict[Pair, HopBound](), dict[Pair, HopBound]()
-        bytes_there, bytes_back = dict[Pair, IntArray](), dict[Pair, IntArray]()
-        for source, target, sums in flows:
-            wires = [sums[len(FIXED) + i] for i in range(len(problem.codecs_there))]
-            grads = [sums[len(FIXED) + len(wires) + i] for i in range(len(problem.codecs_back))]
-            if target == stages:  # the client gets outputs as they are
-                bytes_there[source, target], bytes_back[source, target] = wires[0], grads[0]
-                continue
-            choose, choose_back = codecs[target - 1]
-            pair = source, target
-            bytes_there[pair], bytes_back[pair] = choose(wires), choose_back(grads)
-            ends = option.placements[max(source, 0)], option.placements[target]
-            hops = [
-                hop_seconds(problem, option.chunks, sums, EDGES, w, c, *ends)
-                for w, c in zip(wires, problem.codecs_there, strict=True)
-            ]
-            rows = [
-                hop_seconds(problem, option.chunks, sums, GRADIENTS, w, c, ends[1], ends[0])
-                for w, c in zip(grads, problem.codecs_back, strict=True)
-            ]
-            add_hop(there, (max(source, 0), target), hops, choose)
-            add_hop(back, (max(source, 0), target), rows, choose_back)
-        work = Work(
-            self._workers,
-            [self._between_cuts(self._forward[p], s, axes) for s, p in enumerate(option.placements)],
-            [self._between_cuts(self._backward[p], s, axes) for s, p in enumerate(option.placements)],
-            there,
-            back,
-        )
-        seconds = self._seconds(work)
+    def _score(self, load: _Load, found: _Found, limits: Sequence[IntArray]) -> Scores:
+        work = Work(self._workers, load.forward, load.backward, found.there, found.back)
+        seconds, budget = self._seconds(work), self._problem.budget
         excess = np.array(-1.0)
-        received: dict[int, IntArray] = defaultdict(lambda: np.zeros((), np.int64))
-        for _, target, sums in flows:
-            received[target] = received[target] + sums[RAW]
-        for line in self._excesses(axes, received, bytes_there, bytes_back):
+        for line in self._excesses(load, found, limits):
             excess = np.maximum(excess, line)
-        if problem.budget.step_time_s is not None:
-            excess = np.maximum(excess, excess_of_time(seconds, problem.budget.step_time_s))
-        return Scores(seconds * problem.objective.price_per_s(p.spelling for p in option.placements), excess)
+        if budget.step_time_s is not None:
+            excess = np.maximum(excess, excess_of_time(seconds, budget.step_time_s))
+        price_per_s = self._problem.objective.price_per_s(p.spelling for p in self._option.placements)
+        return Scores(seconds * price_per_s, excess)
 
     def _seconds(self, work: Work) -> FloatArray:
         """The objective's time at least."""
@@ -192,70 +230,52 @@ class Lattice:
             bound = np.maximum(bound, step_bound(actions, work))
         return bound
 
-    def _excesses(
-        self,
-        axes: Sequence[IntArray],
-        received: dict[int, IntArray],
-        there: dict[Pair, IntArray],
-        back: dict[Pair, IntArray],
-    ) -> Iterator[FloatArray]:
+    def _excesses(self, load: _Load, found: _Found, limits: Sequence[IntArray]) -> Iterator[FloatArray]:
         """The relative violation of each line of the budget but the step time."""
         problem, placements = self._problem, self._option.placements
         budget, chunks, none = problem.budget, self._option.chunks, np.zeros((), np.int64)
         macs: dict[str, IntArray] = defaultdict(lambda: none)
-        static: dict[str, IntArray] = defaultdict(lambda: none)
-        live: dict[str, IntArray] = defaultdict(lambda: none)
+        memory: dict[str, IntArray] = defaultdict(lambda: none)
         for stage, placement in enumerate(placements):
-            device, kept = placement.spelling, self._between_cuts(self._saved, stage, axes) + received[stage]
-            macs[device] = macs[device] + self._between_cuts(self._macs, stage, axes)
-            static[device] = static[device] + self._between_cuts(self._static, stage, axes)
-            if problem.objective.is_training and problem.rules.has_phases:
-                live[device] = live[device] + kept
-            else:  # at least one micro-batch, in every stage
-                live[device] = live[device] + kept // chunks
+            device, kept = placement.spelling, load.saved[stage] + found.received[stage]
+            if not (problem.objective.is_training and problem.rules.has_phases):
+                kept = kept // chunks  # at least one micro-batch, in every stage
+            macs[device] = macs[device] + load.macs[stage]
+            memory[device] = memory[device] + load.static[stage] + kept
         sent: dict[tuple[str, str], IntArray] = defaultdict(lambda: none)
         ends = (*self._workers, CLIENT, CLIENT)  # the output is the stage after the last, the input is stage -1
-        for (source, target), count in there.items():
-            sent[ends[source], ends[target]] = sent[ends[source], ends[target]] + count
-            sent[ends[target], ends[source]] = sent[ends[target], ends[source]] + back[source, target]
+        for (source, target), (there, back) in found.wire_bytes.items():
+            sent[ends[source], ends[target]] = sent[ends[source], ends[target]] + there
+            sent[ends[target], ends[source]] = sent[ends[target], ends[source]] + back
         limited = [(macs[device], budget.macs_limit(device)) for device in macs]
-        limited += [(static[device] + live[device], budget.memory_limit(device)) for device in macs]
+        limited += [(memory[device], budget.memory_limit(device)) for device in macs]
         limited += [(count, budget.link_limit) for count in sent.values()]
         for count, limit in limited:
             if limit is not None:
                 yield excess_of_count(np.asarray(count, np.float64), limit)
-        for cut in range(1, len(placements)) if self._cut_limits else ():
-            over = [pair for pair in there if pair[0] < cut <= pair[1]]
-            forward: IntArray = sum((there[pair] for pair in over), none)
-            backward: IntArray = sum((back[pair] for pair in over), none)
-            limits = np.array([self._cut_limits.get(int(p), -1) for p in axes[cut - 1].ravel()])
-            dims = axes[0].ndim if axes[0].ndim > 1 else len(axes)
-            allowed = _along(limits, cut - 1, dims) if axes[0].ndim == 1 else limits.reshape((1,) * dims)
-            busier = np.maximum(forward, backward)
+        for cut, allowed in enumerate(limits, 1) if self._cut_limits else ():
+            over = [both for pair, both in found.wire_bytes.items() if pair[0] < cut <= pair[1]]
+            busier = np.maximum(*(sum((both[way] for both in over), none) for way in (0, 1)))
             yield np.where(allowed < 0, -1.0, (busier - allowed) / np.maximum(allowed, 1))
 
-    def _flows(self, axes: Sequence[IntArray]) -> Iterator[tuple[int, int, IntArray]]:
-        """Source, target and the columns' sums for each two stages that edges between workers may join."""
+    def _flows(self) -> Iterator[tuple[int, int, Intervals, Uses]]:
+        """Source, target and uses of each two stages that edges between workers may join."""
         workers, stages = self._workers, len(self._workers)
         for target in range(1, stages):
             if workers[target] != CLIENT:
-                yield -1, target, _sums(axes, _user_in(self._inputs, target, stages), self._inputs.weights)
+                yield -1, target, _user_in(self._inputs, target, stages), self._inputs
         for source, target in combinations(range(stages), 2):
             if workers[source] != workers[target]:
                 intervals = _both(
                     _maker_in(self._between, source, stages), _user_in(self._between, target, stages)
                 )
-                yield source, target, _sums(axes, intervals, self._between.weights)
+                yield source, target, intervals, self._between
         for source in range(1, stages):
             if workers[source] != CLIENT:
-                intervals = _maker_in(self._outputs, source, stages)
-                yield source, stages, _sums(axes, intervals, self._outputs.weights)
+                yield source, stages, _maker_in(self._outputs, source, stages), self._outputs
 
     def _between_cuts(self, sums: NDArray[Number], stage: int, axes: Sequence[IntArray]) -> NDArray[Number]:
         """The sum over the nodes of a stage, from sums over all nodes before each."""
-        if axes and axes[0].ndim > 1:
-            end = sums[axes[stage]] if stage < len(axes) else sums[-1]
-            return end - (sums[axes[stage - 1]] if stage > 0 else sums[0])
         dims = len(axes)
         end = _along(sums[axes[stage]] if stage < dims else sums[-1:], stage, dims)
         start = _along(sums[axes[stage - 1]] if stage > 0 else sums[:1], stage - 1, dims)
@@ -295,22 +315,13 @@ def uses_of(problem: Problem) -> tuple[Uses, Uses, Uses]:
 
 def columns_of(problem: Problem, value: Value, kind: Pair) -> tuple[int, ...]:
     """What an edge for a use adds to the sums."""
-    workers = ("one", "other")  # whichever: an edge between two workers costs the same between any two
-    wires, gradients = list[int](), list[int]()
-    is_coded = value.is_compressible and kind == (0, 1)
-    first_there, first_back = problem.codecs_there[0], problem.codecs_back[0]
-    for pairs, found in (
-        ([(codec, first_back) for codec in problem.codecs_there], wires),
-        ([(first_there, codec) for codec in problem.codecs_back], gradients),
-    ):
-        for pair in pairs:
-            try:
-                edge = Codecs((pair[0],), (pair[1],)).edge(value, *kind, workers)
-                found.append(edge.wire_bytes if found is wires else edge.gradient_wire_bytes)
-            except CompressorError:  # a cut that it would cross is taken last, and then refused by name
-                found.append(_TOO_MANY_BYTES)
-    coded = (int(is_coded), value.nbytes if is_coded else 0)
-    return (1, int(value.is_compressible), value.nbytes, *coded, *wires, *gradients)
+    there, back = problem.edges_of(value, kind)
+    coded_bytes = value.nbytes if value.is_compressible and kind == (0, 1) else 0
+    return (
+        *(1, int(value.is_compressible), value.nbytes, int(value.is_compressible and kind == (0, 1)), coded_bytes),
+        *(edge.wire_bytes for edge in there),
+        *(edge.gradient_wire_bytes for edge in back),
+    )
 
 
 def _maker_in(uses: Uses, stage: int, stages: int) -> Intervals:

@@ -111,7 +111,7 @@ def check_budget(draft: Draft, costs: CostTable, budget: Budget, *, searched: bo
     missed = f"{worst.show(worst.found - worst.allowed)} ({100 * worst.excess:.3g} %)"
     subject = "no plan satisfies the budget" if searched else "the plan breaks the budget"
     cuts = ", ".join(draft.names) or "none"
-    codecs = dict.fromkeys(str(c) for c in (*draft.codecs.forward, *draft.codecs.backward)) if draft.names else {}
+    codecs = dict.fromkeys(map(str, draft.codecs.all)) if draft.names else {}
     nearest_plan = f"on {', '.join(p.spelling for p in draft.placements)}, cuts: {cuts}, chunks: {draft.chunks}"
     nearest_plan += f", compressors: {', '.join(codecs)}" if codecs else ""
     others = f"; also broken: {', '.join(violation.line for violation in broken[1:])}" if broken[1:] else ""

@@ -17,10 +17,11 @@ from fxsplit.planning.bounds import FloatArray
 from fxsplit.planning.chain import Chain, Path, best_path, chosen_codecs
 from fxsplit.planning.devices import Placement
 from fxsplit.planning.draft import Draft
-from fxsplit.planning.hops import EDGES, FIXED, GRADIENTS, IntArray, hop_seconds
+from fxsplit.planning.edge_codecs import Sums, edge_choices
+from fxsplit.planning.hops import CODED, EDGES, FIXED, GRADIENTS, IntArray, hop_seconds
 from fxsplit.planning.lattice import columns_of, prefix
 from fxsplit.planning.limits import limits_by_position, violations
-from fxsplit.planning.problem import Problem
+from fxsplit.planning.problem import Option, Problem
 from fxsplit.planning.search import Choice
 from fxsplit.planning.stages import Codecs
 
@@ -43,6 +44,8 @@ class LongSearch:
         workers = [placement.worker for placement in problem.placements]
         is_step = problem.schedule == "gpipe" and problem.objective.name == "step"
         self._is_chain = all(b - a <= 1 for a, b in self._spans) and len(set(workers)) == len(workers) and is_step
+        if max(map(len, (*problem.there, *problem.back))) > 1:  # every value may have its own, ways have one a cut
+            self._is_chain = self._is_chain and bool((self._sums[0][CODED] <= 1).all())
         # A price is a step's seconds times what the devices of the plan cost: at least the client's, always there.
         self._price = problem.objective.price_per_s([problem.placements[0].spelling])
         if not problem.leaves_out:
@@ -66,12 +69,13 @@ class LongSearch:
             if not np.isfinite(path.value):
                 chain, path = self._nearest(chunks)
             try:
-                draft = self._draft(path, chunks, chain)
+                drafts = self._drafts(path, chunks, chain)
             except PlanError as error:
                 refused.append(error)
                 continue
-            broken = violations(draft, self._problem.costs, self._problem.budget)
-            found.append((max((v.excess for v in broken), default=0.0), draft.value, draft))
+            for draft in drafts:
+                broken = violations(draft, self._problem.costs, self._problem.budget)
+                found.append((max((v.excess for v in broken), default=0.0), draft.value, draft))
         if not found:
             raise refused[0]
         excess, value, draft = min(found, key=lambda entry: entry[:2])
@@ -108,9 +112,13 @@ class LongSearch:
 
     @cached_property
     def _sums(self) -> tuple[IntArray, IntArray]:
-        """[columns, places]: what crosses each place, with and without the values that may cross several."""
+        """[columns, places]: what crosses each place, with and without the values that may cross several.
+
+        The last two columns are the least bytes there and back, each value with the codec that is least for it.
+        """
         problem = self._problem
-        width = len(FIXED) + len(problem.codecs_there) + len(problem.codecs_back)
+        first = len(FIXED) + len(problem.codecs_there)
+        width = first + len(problem.codecs_back) + 2
         tables = [np.zeros((width, len(self._places) + 1), np.int64) for _ in range(2)]
         known: dict[object, IntArray] = {}
         for value, (low, high) in zip(problem.costs.values, self._spans, strict=True):
@@ -120,7 +128,9 @@ class LongSearch:
                 continue
             key = value.spec, value.is_activation, maker < 0
             if key not in known:
-                known[key] = np.array(columns_of(problem, value, (-1, 1) if maker < 0 else (0, 1)), np.int64)
+                columns = columns_of(problem, value, (-1, 1) if maker < 0 else (0, 1))
+                least = min(columns[len(FIXED) : first]), min(columns[first:])
+                known[key] = np.array((*columns, *least), np.int64)
             for table in tables if high - low == 1 and not is_free else tables[:1]:
                 table[:, low] += known[key]
                 table[:, high] -= known[key]
@@ -169,6 +179,11 @@ class LongSearch:
                 come = self._way(
                     chunks, sums, GRADIENTS, first, problem.codecs_back, back, (ends[1], ends[0]), stretched
                 )
+                if table == 1:
+                    go, come = (
+                        _mixed(go, sums, -2, chunks, problem, ends),
+                        _mixed(come, sums, -1, chunks, problem, ends),
+                    )
                 rows.append((go, come))
             pair[source, target] = kinds[key]
         if not rows:
@@ -206,7 +221,8 @@ class LongSearch:
             limits[np.searchsorted(self._places, position)] = limit
         return np.asarray(wire > limits * stretched)
 
-    def _draft(self, path: Path, chunks: int, chain: Chain) -> Draft:
+    def _drafts(self, path: Path, chunks: int, chain: Chain) -> list[Draft]:
+        """With one codec for each cut, and with one for each value, as fast as the longest piece asks for."""
         problem = self._problem
         placements = [problem.placements[device] for device in path.devices]
         pairs = [int(chain.pair[a, b]) for a, b in zip(path.devices, path.devices[1:], strict=False)]
@@ -217,7 +233,39 @@ class LongSearch:
             tuple(problem.codecs_back[index] for index in back),
         )
         positions = [int(self._places[place]) for place in path.places]
-        return Draft.of(problem, placements, positions, codecs, chunks)
+        drafts = [Draft.of(problem, placements, positions, codecs, chunks)]
+        option = Option(tuple(placements), tuple(device - 1 for device in path.devices[1:]), chunks)
+        stages = problem.stages(option.placements, tuple(positions))
+        choices = edge_choices(problem, option, stages)
+        rows = [
+            _fastest(sums, longest)
+            for way in choices.ways.values()
+            for sums, longest in zip((way.there, way.back), path.longest, strict=True)
+        ]
+        own = choices.codecs(problem, option, rows, stages)
+        if own.edges:
+            drafts.append(Draft.of(problem, placements, positions, own, chunks))
+        return drafts
+
+
+def _mixed(
+    ways: FloatArray, sums: IntArray, column: int, chunks: int, problem: Problem, ends: tuple[Placement, Placement]
+) -> FloatArray:
+    """The least of everything where several values cross, each of which may have its own codec."""
+    sender, receiver = ends if column == -2 else ends[::-1]
+    least = np.where(np.isfinite(ways[..., :1]), ways, np.inf).min(1)
+    wire_s = sums[column] / chunks / problem.links.between(sender.worker, receiver.worker).bytes_per_s
+    least[:, 2] = np.minimum(least[:, 2], wire_s)
+    least[:, 0] = np.minimum(least[:, 0], least[:, 1:].sum(1))
+    is_mixed = (sums[CODED] > 1)[:, None, None]
+    return np.where(is_mixed, least[:, None, :], ways)
+
+
+def _fastest(sums: Sums, longest: float) -> int:
+    """The row that takes the least time in all, of those with no longer piece than this if there are any."""
+    is_short = sums.seconds.max(1) <= longest * (1.0 + SAME)
+    totals = sums.seconds.sum(1)
+    return int(np.where(is_short, totals, np.inf).argmin() if is_short.any() else totals.argmin())
 
 
 def _kind(problem: Problem, sender: Placement, receiver: Placement, *codecs: object) -> object:

@@ -93,6 +93,8 @@ def _changes(costs: CostTable, found: Plan) -> Iterator[tuple[str, dict[str, Any
     for chunks in (found.chunks // 2, found.chunks * 2):
         if 1 <= chunks <= costs.batch_size:
             yield f"{chunks} micro-batches", {"chunks": chunks}
+    if found.codecs.edges:
+        yield "one compressor for each cut", {}
     present = {found.compressor, found.gradient_compressor}
     others: dict[str, Asked] = {"no compression": "none", "uniform8": "uniform8", "sortquant8": "sortquant8"}
     for what, codec in others.items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 from rich.table import Table
 
 from fxsplit import schedules
+from fxsplit.compressors import Compressor, compressor
+from fxsplit.compressors.registry import compressors
 from fxsplit.costs import CostTable
 from fxsplit.errors import DeviceError, PlanError, nearest
 from fxsplit.planning import document
@@ -36,6 +38,7 @@ from fxsplit.planning.parts import (
     Part,
     check_edge,
     edges_across,
+    is_local,
     read_codec,
     read_cut,
     read_edge,
@@ -43,6 +46,7 @@ from fxsplit.planning.parts import (
 )
 from fxsplit.planning.predict import stage_times
 from fxsplit.planning.render import Report
+from fxsplit.planning.stages import Codecs
 from fxsplit.planning.units import format_bytes, format_macs, format_seconds
 from fxsplit.schedules import Times
 
@@ -69,8 +73,8 @@ class Plan:
             than to send their values (masks, positions, rotary tables).
         chunks: micro-batches of a batch.
         schedule: name of the pipeline schedule.
-        compressor: spelling of the compressor asked for.
-        gradient_compressor: spelling of the compressor asked for, for gradients.
+        compressor: spelling of the compressor of each cut; edges may have others, see `edges` and `codecs`.
+        gradient_compressor: the same for gradients.
         predicted_step_s: predicted seconds of a training step.
         lower_bound_s: seconds below which no choice of cuts comes, by the same prediction.
         is_optimal: whether the cuts are proven to have the least predicted step time (under the budget).
@@ -161,6 +165,21 @@ class Plan:
     def outputs(self) -> tuple[Edge, ...]:
         """The edges from the stages to the model's outputs."""
         return tuple(edge for edge in self.edges if edge.target == len(self.parts))
+
+    @property
+    def codecs(self) -> Codecs:
+        """The compressors of the cuts, and of the edges that have others."""
+        cuts = len(self.cuts)
+        found = Codecs(compressors(self.compressor, cuts), compressors(self.gradient_compressor, cuts))
+        return replace(found, edges={key: pair for key, pair in self._coded() if pair != found.of_edge(*key)})
+
+    def _coded(self) -> Iterator[tuple[tuple[str, int], tuple[Compressor, Compressor]]]:
+        """Value and target of the activations that cross between workers, with their compressors."""
+        for edge in self.edges:
+            is_between = edge.source >= 0 and edge.target < len(self.parts)
+            if is_between and not is_local(edge.source, edge.target, self.workers) and edge.gradient_wire_bytes:
+                codecs = compressor(edge.compressor), compressor(edge.gradient_compressor)
+                yield (edge.value, edge.target), codecs
 
     @property
     def gap(self) -> float:
@@ -290,8 +309,16 @@ class Plan:
         bound = f"at most {self.gap:.0%} above the best" if isfinite(self.gap) else "no bound known"
         found = "optimal" if self.is_optimal else bound
         step = f"predicted step {format_seconds(self.predicted_step_s)} ({found})"
-        lines = (step, self._compared(), self.note)
+        lines = (step, self._by_edge(), self._compared(), self.note)
         return Report(title, _COLUMNS, tuple(rows), "\n".join(filter(None, lines)))
+
+    def _by_edge(self) -> str:
+        """The edges whose compressors are not those of their cut, in a line."""
+        shown = [
+            f"{value} to stage {target} {' / '.join(dict.fromkeys(map(str, pair)))}"
+            for (value, target), pair in self.codecs.edges.items()
+        ]
+        return f"compressors of their own: {', '.join(shown)}" if shown else ""
 
     def _compared(self) -> str:
         """What the plan was compared with, in a line."""

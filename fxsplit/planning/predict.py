@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from fxsplit.compressors import compressor
+from fxsplit.compressors import Compressor, Lossless, compressor
 from fxsplit.compressors.learned import split_learned
 from fxsplit.planning.devices import CLIENT, Placement
 from fxsplit.planning.links import Link, Links
@@ -87,10 +87,10 @@ def times_of(
         pair = max(edge.source, 0), edge.target
         here, there = placements[pair[0]], placements[pair[1]]
         add = (edge.raw_bytes, edge.wire_bytes, edge.compressor)
-        forward[pair] = _and(forward[pair], _hop(*add, here, there, links, profile, chunks))
+        forward[pair] = _and(forward[pair], hop_of(*add, here, there, links, profile, chunks))
         if edge.gradient_wire_bytes:
             back = (edge.raw_bytes, edge.gradient_wire_bytes, edge.gradient_compressor)
-            backward[pair] = _and(backward[pair], _hop(*back, there, here, links, profile, chunks))
+            backward[pair] = _and(backward[pair], hop_of(*back, there, here, links, profile, chunks))
     return Times(stages, forward, backward)
 
 
@@ -108,19 +108,20 @@ def stage_times(parts: Sequence[Part], chunks: int) -> tuple[StageTimes, ...]:
     )
 
 
-def _hop(
+def hop_of(
     raw_bytes: int,
     wire_bytes: int,
-    codec: str,
+    codec: str | Compressor,
     sender: Placement,
     receiver: Placement,
     links: Links,
     profile: Profile,
     chunks: int,
 ) -> Hop:
+    """What one value takes from one device to another, for one micro-batch of a batch of these bytes."""
     link: Link = links.between(sender.worker, receiver.worker)
     encode_s, decode_s = PACKET_S, 0.0
-    if codec != NO_COMPRESSOR:
+    if codec != NO_COMPRESSOR and not isinstance(codec, Lossless):
         rest = split_learned(compressor(codec))[1]
         there, here = profile.codec(rest, sender), profile.codec(rest, receiver)
         encode_s += there.call_s + there.encode_s_per_byte * raw_bytes / chunks

@@ -11,18 +11,21 @@ from math import inf
 import numpy as np
 
 from fxsplit.compressors.base import Compressor
-from fxsplit.costs import CostTable
+from fxsplit.costs import CostTable, Value
+from fxsplit.errors import CompressorError
 from fxsplit.planning.bounds import FloatArray, Rules
 from fxsplit.planning.budget import Budget
 from fxsplit.planning.devices import Placement
 from fxsplit.planning.links import Links
+from fxsplit.planning.parts import Edge
 from fxsplit.planning.predict import Objective, Outcome, outcome_of
 from fxsplit.planning.profile import Profile
 from fxsplit.planning.recompute import least_needs
-from fxsplit.planning.stages import Stages
+from fxsplit.planning.stages import Codecs, Stages
 from fxsplit.schedules import Times, schedule
 
 _KEPT_STAGES = 64
+_TOO_MANY_BYTES = 2**50
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,29 @@ class Problem:
     def backward(self) -> tuple[tuple[int, ...], ...]:
         """For each cut, its choices as indices into `codecs_back`."""
         return tuple(tuple(self.codecs_back.index(codec) for codec in cut) for cut in self.back)
+
+    def edges_of(self, value: Value, kind: tuple[int, int]) -> tuple[tuple[Edge, ...], tuple[Edge, ...]]:
+        """The edge of a value with each of `codecs_there`, and with each of `codecs_back`.
+
+        What a codec refuses has far too many bytes: a cut that it would cross is taken last, and refused by name.
+
+        Args:
+            value: it.
+            kind: (0, 1) between two stages, (-1, 1) of an input, (1, 2) of an output; of different workers.
+        """
+        key = value.name, kind
+        if key not in self._edges:
+            first_there, first_back = self.codecs_there[0], self.codecs_back[0]
+            self._edges[key] = (
+                tuple(_edge(value, kind, codec, first_back) for codec in self.codecs_there),
+                tuple(_edge(value, kind, first_there, codec) for codec in self.codecs_back),
+            )
+        return self._edges[key]
+
+    @cached_property
+    def _edges(self) -> dict[tuple[str, tuple[int, int]], tuple[tuple[Edge, ...], tuple[Edge, ...]]]:
+        """By value and kind."""
+        return {}
 
     def prefixes(self, placement: Placement, chunks: int) -> tuple[FloatArray, FloatArray]:
         """Seconds of a micro-batch of all nodes before each, on a device: forward and backward."""
@@ -177,3 +203,11 @@ class Problem:
     def is_small(self, most: int) -> bool:
         """Whether there are at most so many choices of cuts."""
         return self.given is not None or sum(len(self.positions) ** len(o.cuts) for o in self.options()) <= most
+
+
+def _edge(value: Value, kind: tuple[int, int], there: Compressor, back: Compressor) -> Edge:
+    try:
+        return Codecs((there,), (back,)).edge(value, *kind, ("one", "other"))
+    except CompressorError:
+        many = _TOO_MANY_BYTES
+        return Edge(value.name, *kind, value.spec, value.nbytes, many, many, str(there), str(back))

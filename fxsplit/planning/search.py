@@ -10,6 +10,7 @@ import numpy as np
 from fxsplit.errors import PlanError
 from fxsplit.planning.bounds import FloatArray
 from fxsplit.planning.draft import Draft
+from fxsplit.planning.edge_codecs import EdgeChoices, edge_choices
 from fxsplit.planning.hops import IntArray
 from fxsplit.planning.lattice import Lattice, uses_of
 from fxsplit.planning.limits import violations
@@ -98,7 +99,11 @@ class Search:
         option = next(iter(self._problem.options()))
         positions = self._problem.positions[: len(option.cuts)]
         try:
-            self._draft(option, positions, [0] * (2 * len(positions)))
+            there, back = (
+                (tuple(codecs[cut][0] for cut in option.cuts))
+                for codecs in (self._problem.there, self._problem.back)
+            )
+            self._draft(option, positions, Codecs(there, back))
         except PlanError as error:
             return error
         return PlanError("no plan was found", found=self._problem.schedule)
@@ -108,7 +113,7 @@ class Search:
         if axes is None:
             return None
         if not axes:
-            scores = lattice.score_codecs(())
+            scores = lattice.score_codecs(self._problem.stages(option.placements, ()), EdgeChoices({}, True))
             return _Cells(
                 option, lattice, (), np.zeros(1, np.int64), *(a.reshape(1) for a in (scores.bound, scores.excess))
             )
@@ -143,8 +148,12 @@ class Search:
 
     def _codecs_of(self, cells: _Cells, row: int, is_kept: bool) -> None:
         """Looks at the codecs for one choice of cuts."""
-        positions = cells.positions(row)
-        scores = cells.lattice.score_codecs(positions)
+        problem, option, positions = self._problem, cells.option, cells.positions(row)
+        stages = problem.stages(option.placements, positions)
+        choices = edge_choices(problem, option, stages)
+        if not choices.is_whole:
+            self._left = min(self._left, float(cells.bound[row]))
+        scores = cells.lattice.score_codecs(stages, choices)
         bound, excess = scores.bound.ravel(), np.maximum(scores.excess.ravel(), 0.0)
         order = np.lexsort((bound, excess)) if not is_kept else np.argsort(np.where(excess > 0, np.inf, bound))
         for index in order:
@@ -155,19 +164,14 @@ class Search:
             if self._drafts >= MOST_DRAFTS and self._best is not None:
                 self._left = min(self._left, float(bound[index]))
                 break
-            chosen = [int(i) for i in np.unravel_index(int(index), scores.bound.shape)] if positions else []
+            rows = [int(i) for i in np.unravel_index(int(index), choices.shape)] if choices.shape else []
+            codecs = choices.codecs(problem, option, rows, stages)
             try:
-                self._look_at(self._draft(cells.option, positions, chosen))
+                self._look_at(self._draft(option, positions, codecs))
             except PlanError:  # not for this schedule, with any cuts and codecs
                 break
 
-    def _draft(self, option: Option, positions: Sequence[int], chosen: Sequence[int]) -> Draft:
-        there, back = self._problem.there, self._problem.back
-        count = len(option.cuts)
-        codecs = Codecs(
-            tuple(there[cut][chosen[axis]] for axis, cut in enumerate(option.cuts)),
-            tuple(back[cut][chosen[count + axis]] for axis, cut in enumerate(option.cuts)),
-        )
+    def _draft(self, option: Option, positions: Sequence[int], codecs: Codecs) -> Draft:
         self._drafts += 1
         # While nothing keeps the budget, a slower plan may be the better one.
         most = self._key[1] * (1.0 - SAME / 2) if self._key[0] <= 0 else float("inf")

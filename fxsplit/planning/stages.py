@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 from fxsplit.compressors.base import Compressor
 from fxsplit.compressors.exact import exact_coding
@@ -35,10 +36,12 @@ class Codecs:
     Attributes:
         forward: compress activations.
         backward: compress their gradients.
+        edges: value and target stage of edges that have others -> theirs, there and back.
     """
 
     forward: tuple[Compressor, ...]
     backward: tuple[Compressor, ...]
+    edges: Mapping[tuple[str, int], tuple[Compressor, Compressor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, forward: Asked, backward: Asked, cuts: int) -> Codecs:
@@ -63,6 +66,15 @@ class Codecs:
                 )
         return cls(found, back)
 
+    @property
+    def all(self) -> tuple[Compressor, ...]:
+        """Each that is used."""
+        return tuple(dict.fromkeys((*self.forward, *self.backward, *chain.from_iterable(self.edges.values()))))
+
+    def of_edge(self, value: str, target: int) -> tuple[Compressor, Compressor]:
+        """The compressors of an activation that a stage gets, and of its gradient."""
+        return self.edges.get((value, target)) or (self.forward[target - 1], self.backward[target - 1])
+
     def edge(self, value: Value, source: int, target: int, workers: tuple[str, ...]) -> Edge:
         """The edge of `value` between two stages.
 
@@ -77,7 +89,7 @@ class Codecs:
         elif value.is_compressible:
             gradient = value.nbytes
             if source != -1 and target != len(workers) and value.spec is not None:
-                there, back = self.forward[target - 1], self.backward[target - 1]
+                there, back = self.of_edge(value.name, target)
                 try:
                     wire, gradient = _wire_bytes(there, back, value.spec)
                 except CompressorError as error:
@@ -131,11 +143,11 @@ class Stages:
             codecs.edge(value, source, target, self.workers)
             if is_whole
             else _layout_edge(value, max(source, 0), target)
-            for value, source, target, is_whole in self._crossings
+            for value, source, target, is_whole in self.crossings
         )
 
     @cached_property
-    def _crossings(self) -> list[tuple[Value, int, int, bool]]:
+    def crossings(self) -> list[tuple[Value, int, int, bool]]:
         """Value, source, target and whether it is sent whole or its layout alone, of each edge; in their order."""
         found = []
         for value in self.costs.values:
@@ -185,7 +197,7 @@ class Stages:
     def _split(self, stage: int, placement: Placement) -> Split:
         """Of a stage's backward; nobody waits for gradients of the model's inputs, so there is but one part."""
         is_awaited = any(
-            v.is_compressible and s >= 0 and t == stage and whole for v, s, t, whole in self._crossings
+            v.is_compressible and s >= 0 and t == stage and whole for v, s, t, whole in self.crossings
         )
         return self.profile.split(placement) if is_awaited else Split(1.0, 0.0)
 

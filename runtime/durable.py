@@ -16,10 +16,11 @@ from fxsplit.errors import FxsplitError, WorkerLost
 from fxsplit.planning import Plan
 from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.group import TIMEOUT_S
+from fxsplit.runtime.host_random import host_states, set_host_states
 from fxsplit.runtime.journal import Journal, Operation, without_effect
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.metrics import Metrics
-from fxsplit.runtime.randomness import set_states, states
+from fxsplit.runtime.randomness import process_states, set_process_states
 from fxsplit.runtime.run import Run
 from fxsplit.runtime.snapshotter import Saver, Snapshotter, Training
 from fxsplit.runtime.transport import Transport
@@ -208,11 +209,13 @@ class DurableEngine(Engine):
             self._is_inside = False
 
     def _random(self) -> tuple[Tensor, ...]:
-        return states(self._device()) if self._split is not None else ()
+        return process_states(self._device()) if self._split is not None else host_states()
 
     def _set_random(self, given: Sequence[Tensor]) -> None:
-        if given:
-            set_states(given, self._device())
+        if len(given) > 2:
+            set_process_states(given, self._device())
+        elif given:  # before a stage was loaded
+            set_host_states(given)
 
     # ------------------------------------------------------------------ snapshots
 

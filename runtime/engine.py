@@ -20,6 +20,7 @@ from fxsplit.runtime.courier import SMALL_BYTES
 from fxsplit.runtime.failure import raise_failure
 from fxsplit.runtime.fingerprint import fingerprints
 from fxsplit.runtime.group import TIMEOUT_S, Group
+from fxsplit.runtime.host_random import host_seed
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.packet import Key, Packet, pack, unpack
@@ -79,6 +80,7 @@ class Engine(Group):
             options = self._deferred_batch_norm, self._checkpoint, self._cuda_graphs, fingerprints(held)
             futures[worker] = self.start_command(worker, "load", *arguments, *options)
         self.gather(futures)
+        self.broadcast("seed_host", host_seed())
 
     # ------------------------------------------------------------------ steps
 

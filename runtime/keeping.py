@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fxsplit.errors import PlanError, SnapshotError
 from fxsplit.runtime.executor import Holding
+from fxsplit.runtime.host_random import host_states, seed_host, set_host_states
 from fxsplit.runtime.parameters import ParameterStore
 from fxsplit.snapshots import files
-from fxsplit.snapshots.checkpoint import BUFFER, CODEC, GRADIENT, OPTIMIZER, STATE
+from fxsplit.snapshots.checkpoint import BUFFER, CODEC, GRADIENT, HOST, OPTIMIZER, STATE
 from fxsplit.snapshots.manifest import json_value
 
 Memories = dict[tuple[Any, ...], dict[str, Tensor]]
@@ -54,15 +55,19 @@ class Keeper:
     Args:
         parameters: of the worker.
         memories: of its compressors.
+        name: of the worker, if its process is its own; random numbers of Python and numpy are then the worker's.
     """
 
-    def __init__(self, parameters: ParameterStore, memories: Memories) -> None:
+    def __init__(self, parameters: ParameterStore, memories: Memories, name: str | None = None) -> None:
         self._parameters = parameters
         self._memories = memories
+        self._name = name
+        self._is_seeded = False
         self._holding = Holding()
         self._taken: tuple[dict[str, Tensor], dict[str, Any]] = {}, {}
         self._writer: ThreadPoolExecutor | None = None
         self.commands: Mapping[str, Callable[..., Any]] = {
+            "seed_host": self.seed_host,
             "sees_file": self.sees_file,
             "take_snapshot": self.take,
             "write_snapshot": self.write,
@@ -73,6 +78,12 @@ class Keeper:
     def hold(self, holding: Holding) -> None:
         """Takes the stages."""
         self._holding = holding
+
+    def seed_host(self, seed: int) -> None:
+        """Begins the random numbers of Python and numpy in this worker's process, as the client's state has it."""
+        if self._name is not None and not self._is_seeded:
+            seed_host(seed, self._name)
+            self._is_seeded = True
 
     def sees_file(self, path: str, content: str) -> bool:
         """Whether this worker reads, at this path, what the client has just written there."""
@@ -105,6 +116,8 @@ class Keeper:
             yield f"{GRADIENT}/{name}", gradient
         for number, name, entry in self._parameters.optimizer_entries():
             yield from ((f"{OPTIMIZER}/{number}/{key}/{name}", value) for key, value in entry.items())
+        if self._name is not None:
+            yield from ((f"{HOST}/{index}", state) for index, state in enumerate(host_states()))
         for end, memory in self._memories.items():
             yield from ((f"{CODEC}/{json.dumps([*end, key])}", value) for key, value in memory.items())
 
@@ -167,6 +180,8 @@ class Keeper:
         self._memories.clear()
         if with_codecs:
             self._restore_memories(entries)
+            if self._name is not None and f"{HOST}/0" in entries:
+                set_host_states([entries[f"{HOST}/{index}"] for index in range(2)])
 
     def _restore_memories(self, entries: Mapping[str, Any]) -> None:
         devices = {stage: device for stage, device in self._holding.devices.items()}

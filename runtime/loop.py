@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fxsplit.runtime.randomness import set_states, states
+from fxsplit.runtime.randomness import process_states, set_process_states
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class Loop:
 
     def random_states(self) -> dict[str, tuple[Tensor, ...]]:
         """The generators' states now, and as this pass began."""
-        return {"commit": states(self._device), "pass": self._began}
+        return {"commit": process_states(self._device), "pass": self._began}
 
     def resume(self, position: Any, began: Sequence[Tensor], now: Sequence[Tensor]) -> None:
         """Goes on at a position, with the generators as they were there.
@@ -51,7 +51,7 @@ class Loop:
             now: the same, at that position.
         """
         if now:
-            set_states(now, self._device)
+            set_process_states(now, self._device)
         if isinstance(position, dict) and position.get("passes"):
             self._target = int(position["passes"]), int(position["batches"])
             self._states = began, now
@@ -65,14 +65,14 @@ class Loop:
         resumes = self._target is not None
         if self._target is not None:
             skipped, self._target = self._target[1], None
-            set_states(self._states[0], self._device)
-        self._began = states(self._device)
+            set_process_states(self._states[0], self._device)
+        self._began = process_states(self._device)
         iterator = iter(batches)
         for _ in range(skipped):
             next(iterator, None)
         self._batches = skipped
         if resumes:
-            set_states(self._states[1], self._device)
+            set_process_states(self._states[1], self._device)
         try:
             self.is_active = True
             for item in iterator:

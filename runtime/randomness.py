@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxsplit.runtime.host_random import host_states, set_host_states
 from fxsplit.runtime.packet import Key
 from fxsplit.trace.replay import generator_states
 
@@ -83,6 +84,17 @@ def set_states(given: Sequence[Tensor], device: torch.device) -> None:
         else:
             with torch.cuda.device(index):
                 torch.cuda.manual_seed(int(torch.randint(2**63 - 1, ())))
+
+
+def process_states(device: torch.device) -> tuple[Tensor, ...]:
+    """The states of the client's generators: of Python and numpy, and of torch; see `set_process_states`."""
+    return (*host_states(), *states(device))
+
+
+def set_process_states(given: Sequence[Tensor], device: torch.device) -> None:
+    """Goes on from what `process_states` gave."""
+    set_host_states(given[:2])
+    set_states(given[2:], device)
 
 
 def state_key(run: int, stage: int) -> Key:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fxsplit.runtime.host_random import HostRandom
+
 
 @dataclass(frozen=True)
 class Undo:
@@ -17,6 +19,7 @@ class Undo:
     Attributes:
         number: of the run.
         buffers: each with a copy.
+        host: the states of Python's and numpy's random numbers, if the process is the worker's own.
         gradients: each parameter with a copy of its gradient, if it had one; only a whole step changes gradients
             before it is known to succeed.
     """
@@ -24,9 +27,10 @@ class Undo:
     number: int
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     gradients: list[tuple[nn.Parameter, Tensor | None]] = field(default_factory=list)
+    host: HostRandom | None = None
 
     @classmethod
-    def of(cls, number: int, stages: Iterable[nn.Module], with_gradients: bool) -> Undo:
+    def of(cls, number: int, stages: Iterable[nn.Module], with_gradients: bool, with_host: bool) -> Undo:
         """Copies what a run may change. Gradients that are not there, as after `zero_grad`, cost nothing."""
         stages = list(stages)
         parameters = [p for stage in stages for p in stage.parameters()] if with_gradients else []
@@ -37,6 +41,7 @@ class Undo:
             number,
             list(zip(buffers, _copies(buffers), strict=True)),
             [(p, None if p.grad is None else next(copies)) for p in parameters],
+            HostRandom() if with_host else None,
         )
 
     @torch.no_grad()
@@ -46,6 +51,8 @@ class Undo:
             buffer.copy_(before)
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
+        if self.host is not None:
+            self.host.put_back()
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -62,7 +62,9 @@ class Worker:
         self._imitation = Imitation()
         self._shrinking: list[Shrink] = []
         self._memories: dict[tuple[Any, ...], dict[str, Tensor]] = {}
-        self._keeper = Keeper(self._parameters, self._memories)
+        self._is_process = not endpoint.is_immediate
+        name = endpoint.name if self._is_process and endpoint.name != CLIENT_NAME else None
+        self._keeper = Keeper(self._parameters, self._memories, name)
         self._courier = Courier(endpoint, torch.get_num_threads())
         self._executor = self._new_executor()
         self.commands: Mapping[str, Callable[..., Any]] = {
@@ -212,7 +214,8 @@ class Worker:
             self._runs[number] = RunState(mode)
             self._holding.batch_norms.clear()
             undoable = is_step or mode in self._guarded or self._holding.batch_norms.layers
-            self._undo = Undo.of(number, self._holding.stages.values(), is_step) if undoable else Undo(number)
+            stages = self._holding.stages.values()
+            self._undo = Undo.of(number, stages, is_step, self._is_process) if undoable else Undo(number)
         return self._runs[number]
 
     def discard(self, run: int, undo: bool) -> None:

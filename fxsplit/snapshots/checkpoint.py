@@ -17,6 +17,7 @@ from fxsplit.snapshots import files
 from fxsplit.snapshots.manifest import NAME, Manifest, snapshot_folders
 
 STATE, BUFFER, GRADIENT, OPTIMIZER, CODEC, RANDOM = "state", "buffer", "gradient", "optimizer", "codec", "random"
+HOST = "host"  # random numbers of Python and numpy, in the process of a worker
 """What a key in a file begins with, before the first slash."""
 
 

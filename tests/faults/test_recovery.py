@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fxsplit
-from fxsplit.errors import SnapshotError, WorkerLost
+from fxsplit.errors import SnapshotError, WorkerError, WorkerLost
+from fxsplit.runtime.host_random import host_seed, host_states, set_host_states
 from tests.faults.scripts import CHAIN, CUTS, ROOT, assert_same, batch, small_model, start, train
 from tests.processes import worker_processes
 
@@ -143,3 +150,69 @@ def test_time_to_recover(tmp_path: Path) -> None:
             train(pipe, 8, fault)
         assert died_s[1] - died_s[0] < 15.0
         print(f"{died_s[1] - died_s[0]:.2f} s from death to the next committed step")
+
+
+class Noise(nn.Module):
+    """Draws from the generators of Python and numpy, wherever it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool(x.isnan().any()):
+            raise ValueError("no number")
+        return x * drawn() + drawn()
+
+
+def drawn() -> float:
+    return random.random() + random.gauss() + float(np.random.rand()) + float(np.random.standard_normal())
+
+
+def noisy_training(on_step: Callable[[fxsplit.Pipeline, int], None], **options: Any) -> list[float]:
+    """The losses of eight steps; the client draws, too."""
+    torch.manual_seed(0)
+    random.seed(1)
+    np.random.seed(2)
+    model = nn.Sequential(nn.Linear(4, 4), Noise(), nn.Linear(4, 4), Noise())
+    losses: list[float] = []
+    compiled = fxsplit.compile(model, ["cpu", "one/cpu"], cuts=["2"], chunks=2, verify=False, **options)
+    with contextlib.suppress(KeyboardInterrupt), compiled as pipe:
+        optimizer = pipe.optimizer(torch.optim.SGD, lr=0.001)
+        for number in pipe.remaining(range(8)):
+            on_step(pipe, number)
+            x = torch.full((2, 4), drawn())
+            losses.append(float(pipe.step(x, target=x, loss_fn=F.mse_loss).loss))
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses
+
+
+def test_random_numbers_of_python_and_numpy_go_on(tmp_path: Path) -> None:
+    """A step fails and is undone, a worker is killed, the client ends and runs again: every draw is as without."""
+    expected = noisy_training(lambda pipe, number: None)
+
+    def faults(pipe: fxsplit.Pipeline, number: int) -> None:
+        if number == 1:
+            x = torch.zeros(2, 4)
+            x[1] = float("nan")  # the second micro-batch: the first has drawn
+            with pytest.raises(WorkerError, match="no number"):
+                pipe.step(x, target=x, loss_fn=F.mse_loss)
+        if number == 4:
+            os.kill(pipe.workers[1].pid, signal.SIGKILL)
+        if number == 6:
+            raise KeyboardInterrupt
+
+    snapshots = fxsplit.Snapshots(tmp_path, every=3)
+    with pytest.warns(UserWarning, match="all workers are started again"):
+        first = noisy_training(faults, snapshots=snapshots)
+    assert first == expected[:6]
+    rest = noisy_training(lambda pipe, number: None, snapshots=snapshots)
+    assert 2 <= len(rest) < 8 and rest == expected[-len(rest) :]
+
+
+def test_states_of_random_numbers_are_taken_up() -> None:
+    for odd in (False, True):  # with and without a normal number that is kept for the next draw
+        random.gauss(), np.random.standard_normal() if odd else None
+        before = host_states()
+        numbers = [drawn() for _ in range(700)]
+        set_host_states([state.clone() for state in before])
+        assert [drawn() for _ in range(700)] == numbers
+        seeds = {host_seed(), host_seed(), (random.random(), host_seed())[1]}
+        assert len(seeds) == 2, "it changes nothing, and depends on the state"

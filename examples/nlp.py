@@ -121,7 +121,9 @@ def main(
     bits: Annotated[int | None, typer.Option(help="Quantization bits, if not in the compressor's name.")] = None,
     split: Annotated[int | None, typer.Option(help="Split bits of sort and fast quantization.")] = None,
     chunks: Annotated[int, typer.Option(min=1, help="Micro-batches of a batch.")] = 4,
-    devices: Annotated[str, typer.Option(help="Client, server and client, with commas.")] = "cpu,server/cpu,cpu",
+    devices: Annotated[
+        str, typer.Option(help="Client, server and client, with commas; a/cpu+b/cpu: two servers.")
+    ] = "cpu,server/cpu,cpu",
     epochs: Annotated[int, typer.Option(min=1)] = 20,
     batch_size: Annotated[int, typer.Option(min=2)] = 32,
     length: Annotated[int, typer.Option(min=8, max=512, help="Tokens of a sample.")] = 128,

@@ -116,7 +116,7 @@ _Devices = Annotated[
     typer.Option(
         metavar="DEVICES",
         help="Device of each part, the client's first; equal ones are one worker; worker/cuda:0 is a named "
-        "worker's. They need not exist here.",
+        "worker's; a/cuda:0+b/cuda:0 are the replicas of a part. They need not exist here.",
         rich_help_panel=_PLAN_PANEL,
     ),
 ]

@@ -21,6 +21,7 @@ from fxsplit.opening import trace_for_planning
 from fxsplit.passes import rewrite
 from fxsplit.planning import Budget, Placement, Plan, check_available, parse_devices
 from fxsplit.planning import plan as make_plan
+from fxsplit.planning.devices import single_placements
 from fxsplit.planning.guard import Guard
 from fxsplit.planning.planner import GIVEN, check_chunks
 from fxsplit.planning.profile import Profile
@@ -41,7 +42,7 @@ from fxsplit.schedules import schedule as find_schedule
 from fxsplit.snapshots import Snapshots
 from fxsplit.trace import ExampleInputs, TracedModel, check_module, check_names, trace
 from fxsplit.trace.call import Arguments
-from fxsplit.verify_split import check_buffers, verify_split
+from fxsplit.verify_split import check_buffers, check_replicas, verify_split
 
 
 def compile(
@@ -76,7 +77,9 @@ def compile(
         model: any module, unmodified; it stays as it is.
         devices: one entry a stage: a torch device of this host ("cpu", "cuda:0"), or "worker/device" for a
             worker of that name. The first is the client's: this process, where inputs are given and outputs come
-            back. Equal entries are the same worker, so ["cpu", "cuda", "cpu"] is a sandwich.
+            back. Equal entries are the same worker, so ["cpu", "cuda", "cpu"] is a sandwich. Several joined by "+"
+            are the replicas of a stage, such as "a/cuda:0+b/cuda:0": micro-batches are dealt to them in turn, and
+            at the end of a step their gradients are summed.
         compressor: what activations that cross between workers go through: "sortquant8", "uniform4"..., or a
             list with one for each cut; None sends them as they are; "auto" chooses for each cut what is
             predicted to be fastest of what `guard` allows, nothing among it.
@@ -210,6 +213,7 @@ class _Builder:
             )
         rewritten = rewrite(traced, made, self.inserted)
         check_buffers(rewritten, made.workers)
+        check_replicas(rewritten, made.workers)
         return Built(rewritten, made)
 
     def _first(self, example: Arguments) -> tuple[TracedModel, Plan]:
@@ -230,7 +234,8 @@ class _Builder:
     def _profile(self, costs: CostTable) -> Profile:
         """The one that was given, or what was measured of the model on this host before."""
         given: Profile | None = self.options["profile"]
-        is_here = [p.spelling for p in self.placements if self.is_local or not p.is_named]
+        singles = single_placements(self.placements)
+        is_here = [p.spelling for p in singles if self.is_local or not p.is_named]
         return Profile.kept(costs, is_here) if given is None else given
 
 
@@ -246,7 +251,7 @@ def _check_shared_devices(placements: Sequence[Placement], transport: str) -> No
     """Refuses what would stand still for ever: autograd has one thread a process for each CUDA device."""
     client = placements[0]
     device = torch.device(client.device)
-    others = [p for p in placements if not p.is_client and p.device_type == "cuda"]
+    others = [p for p in single_placements(placements) if not p.is_client and p.device_type == "cuda"]
     same = [p.spelling for p in others if (torch.device(p.device).index or 0) == (device.index or 0)]
     if transport == "in_process" and device.type == "cuda" and same:
         raise DeviceError(

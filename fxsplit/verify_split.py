@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxsplit.compressors.decaying_linear import Shrink
 from fxsplit.errors import PlanError
+from fxsplit.schedules.replicas import replicas_of
 from fxsplit.split import SplitModel, split
 from fxsplit.stage import CLIENT, Edge, Mode
 from fxsplit.trace import Arguments, TracedModel, checked_call, two_samples
@@ -76,6 +79,47 @@ def check_buffers(rewritten: TracedModel, workers: Sequence[str]) -> None:
                 allowed="one worker",
                 hint="cut so that every call of this module is on one worker",
             )
+
+
+def check_replicas(rewritten: TracedModel, workers: Sequence[str]) -> None:
+    """Refuses what the replicas of a stage cannot keep alike: state that forward changes, but for batch norm's.
+
+    Args:
+        rewritten: the model with stages on its nodes.
+        workers: the worker of each stage, or its replicas.
+
+    Raises:
+        PlanError: names the buffer, or the compressor.
+    """
+    for graph in rewritten.graphs.values():
+        for node in graph.module.graph.nodes:
+            if "stage" not in node.meta or len(replicas := replicas_of(workers[node.meta["stage"]])) == 1:
+                continue
+            where = f"stage {node.meta['stage']}, on {', '.join(replicas)}"
+            called = graph.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(called, Shrink):
+                raise PlanError(
+                    "decaylinear counts the steps of one worker, and the stage in front of it has replicas",
+                    where=where,
+                    found=str(called.codec),
+                    hint="another compressor on that cut, or a stage without replicas",
+                )
+            for name in changed_buffers(node):
+                owner = rewritten.model.get_submodule(name.rpartition(".")[0])
+                if graph.front_end == "export" or not _is_batch_norm(owner):
+                    raise PlanError(
+                        "forward changes a buffer of a replicated stage, and each replica would have its own",
+                        where=where,
+                        found=f"{name}, of a {type(owner).__name__}",
+                        allowed="running statistics of batch norm layers, which the replicas share; of whole "
+                        "batches with deferred_batch_norm=True",
+                        hint="cut so that this module is in a stage without replicas",
+                    )
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    """Whether its statistics are those of a micro-batch; a SyncBatchNorm's are not."""
+    return isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
 
 
 def _run(split_model: SplitModel, mode: Mode, leaves: Sequence[Any]) -> list[Any]:

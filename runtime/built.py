@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from fxsplit.planning import Placement, Plan
+from fxsplit.planning.devices import single_placements
 from fxsplit.trace.call import Arguments
 from fxsplit.trace.traced import TracedModel
 
@@ -44,6 +45,6 @@ class WorkerInfo(NamedTuple):
 def worker_infos(placements: Iterable[Placement], places: Mapping[str, tuple[str, int]]) -> tuple[WorkerInfo, ...]:
     """All workers, the client first, from where the stages are and where the workers are."""
     devices: dict[str, dict[str, None]] = {}
-    for placement in placements:
+    for placement in single_placements(placements):
         devices.setdefault(placement.worker, {})[placement.device] = None
     return tuple(WorkerInfo(name, ", ".join(own), *places[name]) for name, own in devices.items())

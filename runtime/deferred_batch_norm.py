@@ -23,9 +23,16 @@ from fxsplit.errors import PipelineError
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class _Seen(NamedTuple):
-    """What one call of a layer saw: mean and unbiased variance [C], and how many values each is of."""
+class Seen(NamedTuple):
+    """What one call of a layer saw: mean and unbiased variance [C], and how many values each is of.
 
+    The layer is a number, and so is the call, among those of a micro-batch in a stage.
+    """
+
+    layer: int
+    micro_batch: int
+    stage: int
+    call: int
     mean: Tensor
     variance: Tensor
     size: int
@@ -41,53 +48,69 @@ class DeferredBatchNorm:
     calls of all micro-batches together, then the second ones. What is run again in a backward (checkpointing)
     normalises and does not count.
 
+    The replicas of a stage collect, too, and give each other what they saw. Unless statistics are those of whole
+    batches, each then updates its layers with one micro-batch after the other, as one worker would do.
+
     Args:
         stages: the modules whose layers are changed.
+        by_batch: whether there is one update for the whole batch, or one for each micro-batch.
     """
 
-    def __init__(self, stages: Iterable[nn.Module]) -> None:
+    def __init__(self, stages: Iterable[nn.Module], by_batch: bool = True) -> None:
         modules = dict.fromkeys(module for stage in stages for module in stage.modules())
         self.layers = [module for module in modules if isinstance(module, _BatchNorm)]
-        self._seen: dict[_BatchNorm, dict[tuple[int, int], list[_Seen]]] = {}
-        self._stage: int | None = None
-        self._calls: Counter[_BatchNorm] = Counter()
-        self.clear()
-        for layer in self.layers:
-            setattr(layer, "forward", functools.partial(self._forward, layer, layer.forward))  # noqa: B010
+        self._by_batch = by_batch
+        self._seen: list[Seen] = []
+        self._place: tuple[int, int] | None = None
+        self._calls: Counter[int] = Counter()
+        for number, layer in enumerate(self.layers):
+            setattr(layer, "forward", functools.partial(self._forward, number, layer.forward))  # noqa: B010
 
     def clear(self) -> None:
         """Forgets what was collected: the run was given up."""
-        self._seen = {layer: defaultdict(list) for layer in self.layers}
+        self._seen = []
 
     @contextmanager
-    def collecting(self, stage: int) -> Iterator[None]:
+    def collecting(self, stage: int, micro_batch: int) -> Iterator[None]:
         """Within, one micro-batch runs through a stage, and counts."""
-        self._stage = stage
+        self._place = micro_batch, stage
         self._calls.clear()
         try:
             yield
         finally:
-            self._stage = None
+            self._place = None
 
     @torch.no_grad()
-    def commit(self) -> None:
-        """Updates the running statistics with all that was collected."""
-        for layer, calls in self._seen.items():
-            for call in sorted(calls):
-                _update(layer, calls[call])
+    def commit(self, share: Callable[[list[Tensor]], list[list[Tensor]]] | None = None) -> None:
+        """Updates the running statistics with all that was collected.
+
+        Args:
+            share: gives tensors to the other replicas, and returns those that each has, this one's own included.
+        """
+        seen = self._seen
+        if share is not None:
+            seen = [each for tensors in share(_packed(seen)) for each in _unpacked(*tensors)]
+        parts: defaultdict[tuple[int, ...], list[Seen]] = defaultdict(list)
+        for each in sorted(seen, key=lambda each: each[:4]):
+            first = 0 if self._by_batch else each.micro_batch
+            parts[each.layer, first, each.stage, each.call].append(each)
+        for key in sorted(parts):
+            _update(self.layers[key[0]], parts[key])
         self.clear()
 
-    def _forward(self, layer: _BatchNorm, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        layer = self.layers[number]
         if not layer.training or not layer.track_running_stats or layer.running_mean is None:
             return forward(*args, **kwargs)
         with _empty_statistics(layer):
             output = forward(*args, **kwargs)
             mean, variance = layer.running_mean.detach(), layer.running_var.detach()  # type: ignore[union-attr]
-        if self._stage is not None:
-            call = self._stage, self._calls[layer]
-            self._calls[layer] += 1
+        if self._place is not None:
+            call = self._calls[number]
+            self._calls[number] += 1
             values: Tensor = next(iter((*args, *kwargs.values())))
-            self._seen[layer][call].append(_Seen(mean, variance, values.numel() // layer.num_features))
+            size = values.numel() // layer.num_features
+            self._seen.append(Seen(number, *self._place, call, mean, variance, size))
         return output
 
 
@@ -108,6 +131,21 @@ def check_batch_norms(model: nn.Module) -> None:
         )
 
 
+def _packed(seen: Sequence[Seen]) -> list[Tensor]:
+    """As tensors on the CPU: int64 [calls, 6], and the means and variances one after another, float64."""
+    rows = [(s.layer, s.micro_batch, s.stage, s.call, s.size, s.mean.numel()) for s in seen]
+    numbers = [half.double().cpu() for s in seen for half in (s.mean, s.variance)]
+    return [torch.tensor(rows, dtype=torch.int64).view(-1, 6), torch.cat(numbers) if numbers else torch.empty(0)]
+
+
+def _unpacked(rows: Tensor, numbers: Tensor) -> list[Seen]:
+    halves = iter(numbers.split([size for size in rows[:, 5].tolist() for _ in range(2)]))
+    return [
+        Seen(layer, micro_batch, stage, call, next(halves), next(halves), size)
+        for layer, micro_batch, stage, call, size, _ in rows.tolist()
+    ]
+
+
 @contextmanager
 def _empty_statistics(layer: _BatchNorm) -> Iterator[None]:
     """Within, the layer has running statistics that are empty, and its next forward fills them with its own.
@@ -125,7 +163,7 @@ def _empty_statistics(layer: _BatchNorm) -> Iterator[None]:
         layer._buffers.update(kept)
 
 
-def _update(layer: _BatchNorm, parts: Sequence[_Seen]) -> None:
+def _update(layer: _BatchNorm, parts: Sequence[Seen]) -> None:
     """What `torch.nn.BatchNorm2d` does after a forward, for the micro-batches as one batch."""
     batches = layer.num_batches_tracked
     if batches is not None:
@@ -137,10 +175,10 @@ def _update(layer: _BatchNorm, parts: Sequence[_Seen]) -> None:
         factor = 1.0 / float(batches) if batches is not None else 0.0
     for running, seen in zip((layer.running_mean, layer.running_var), _merge(parts), strict=True):
         assert running is not None, "layers without running statistics collect nothing"
-        running.copy_((1.0 - factor) * running.double() + factor * seen)
+        running.copy_((1.0 - factor) * running.double() + factor * seen.to(running.device))
 
 
-def _merge(parts: Sequence[_Seen]) -> tuple[Tensor, Tensor]:
+def _merge(parts: Sequence[Seen]) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance [C] of all parts together, in double precision."""
     means = torch.stack([part.mean for part in parts]).double()  # [parts, C]
     variances = torch.stack([part.variance for part in parts]).double()

@@ -19,6 +19,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from fxsplit.planning import Placement
+from fxsplit.planning.devices import single_placements
 
 SWITCH = "FXSPLIT_DEVICE_MAPS"
 """Environment variable of the client: "0" sends everything by way of the hosts."""
@@ -39,7 +40,7 @@ def sole_gpus(placements: Iterable[Placement]) -> dict[str, int]:
     if os.environ.get(SWITCH) == "0":
         return {}
     found: dict[str, set[int]] = {}
-    for placement in placements:
+    for placement in single_placements(placements):
         if placement.device_type == "cuda":
             found.setdefault(placement.worker, set()).add(torch.device(placement.device).index or 0)
     return {worker: min(indices) for worker, indices in found.items() if len(indices) == 1}

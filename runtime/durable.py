@@ -295,7 +295,7 @@ class DurableEngine(Engine):
             self._worker.close()
         self._endpoint = self._worker = None
         self._transport = self._transport.restarted()
-        self.start(self.remote)
+        self.start(self._workers)
         self._saver.look()
 
     def _replay(self) -> None:

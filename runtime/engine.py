@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_all
 from dataclasses import replace
@@ -20,6 +20,7 @@ from fxsplit.runtime.courier import SMALL_BYTES
 from fxsplit.runtime.failure import raise_failure
 from fxsplit.runtime.fingerprint import fingerprints
 from fxsplit.runtime.group import TIMEOUT_S, Group
+from fxsplit.runtime.homes import stages_of
 from fxsplit.runtime.host_random import host_seed
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.metrics import Metrics
@@ -32,6 +33,7 @@ from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.streams import brought
 from fxsplit.runtime.transport import CLIENT_NAME, Transport, wait
 from fxsplit.schedules import Action, GPipe, Orders
+from fxsplit.schedules.replicas import replica_for
 from fxsplit.split import Boundary, SplitModel
 from fxsplit.stage import CLIENT, Edge, Mode
 from fxsplit.trace.replay import Surroundings
@@ -74,12 +76,13 @@ class Engine(Group):
         guarded = {m for m in modes if any(stage.ports(m).graph.is_guarded for stage in split.stages)}
         futures = {}
         for worker in (CLIENT_NAME, *self.remote):
-            held = {i: split.stages[i] for i, name in enumerate(plan.workers) if name == worker}
-            devices = {part.stage: part.device.rpartition("/")[2] for part in plan.parts if part.stage in held}
+            devices = stages_of(plan, worker)
+            held = {stage: split.stages[stage] for stage in devices}
             arguments = (*shipping.dump(held), devices, plan.workers, canonical, guarded, TorchSettings.current())
             options = self._deferred_batch_norm, self._checkpoint, self._cuda_graphs, fingerprints(held)
             futures[worker] = self.start_command(worker, "load", *arguments, *options)
         self.gather(futures)
+        self.check_replicas()
         self.broadcast("seed_host", host_seed())
 
     # ------------------------------------------------------------------ steps
@@ -183,8 +186,11 @@ class Engine(Group):
         self.scheduler.observe(span for report in phase.reports for span in report.spans)
         self.metrics.calls += 1
         self.metrics.total_s += time.perf_counter() - start
-        losses = [loss for report in phase.reports for loss in self._brought(report)]
-        return sum(losses[1:], losses[0]), outputs  # in the order of the micro-batches, as a loop would
+        losses = {m: loss for report in phase.reports for m, loss in self._brought(report)}
+        total = losses[0]
+        for m in range(1, len(chunks)):  # in the order of the micro-batches, as a loop would
+            total = total + losses[m]
+        return total, outputs
 
     def optimizer_step(self, optimizer: int, options: Sequence[Mapping[str, Any]], factor: float) -> None:
         """One step of an optimizer: by all workers, or by none.
@@ -284,7 +290,8 @@ class Engine(Group):
         """Sends an input to the stage that uses it, or a gradient to the one that made the output."""
         key = Key(run.number, edge.value, edge.source, edge.target, micro_batch, backward)
         stage = edge.source if backward else edge.target
-        to = CLIENT_NAME if stage == CLIENT else (*self._plan.workers, run.outputs_at)[stage]
+        ends = (*self._plan.workers, run.outputs_at)
+        to = CLIENT_NAME if stage == CLIENT else replica_for(ends[stage], micro_batch)
         packet = pack(value, edge, key)
         endpoint = self._open()
         if to == CLIENT_NAME:
@@ -317,9 +324,10 @@ class Engine(Group):
         mailbox.forget(key)
         return packet
 
-    def _brought(self, report: RunReport) -> tuple[Tensor, ...]:
-        """The losses of a report, on the client's device."""
-        return brought(report.losses, report.marks, self._device())
+    def _brought(self, report: RunReport) -> Iterator[tuple[int, Tensor]]:
+        """The losses of a report by micro-batch, on the client's device."""
+        losses = brought(list(report.losses.values()), report.marks, self._device())
+        return zip(report.losses, losses, strict=True)
 
     def _device(self) -> torch.device:
         return torch.device(self._plan.devices[0].rpartition("/")[2])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +15,8 @@ from fxsplit.compressors.base import Memory
 from fxsplit.errors import PipelineError
 from fxsplit.runtime.checkpointing import is_checkpointed, run_checkpointed
 from fxsplit.runtime.courier import Courier, SendError, is_small
-from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
-from fxsplit.runtime.graphs import Lease, StageGraphs
-from fxsplit.runtime.live_memory import Ledger
+from fxsplit.runtime.graphs import Lease
+from fxsplit.runtime.holding import Holding
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.packet import GradientTap, Key, Packet, pack, unpack
 from fxsplit.runtime.randomness import seeded, set_states, state_key, states
@@ -27,40 +25,13 @@ from fxsplit.runtime.run_state import RunState, Saved
 from fxsplit.runtime.shared_memory import is_shared, lies_in, memory_of, own_copy
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.schedules import Action, Work
+from fxsplit.schedules.replicas import replica_for
 from fxsplit.spec import TensorSpec
 from fxsplit.split_backward import SplitBackward
-from fxsplit.stage import CLIENT, Edge, StageModule
+from fxsplit.stage import CLIENT, Edge
 from fxsplit.trace.replay import Surroundings
 
 _AHEAD = 2  # actions whose packets are decoded beforehand
-
-
-@dataclass(frozen=True)
-class Holding:
-    """What a worker holds, and where the other stages are.
-
-    Attributes:
-        stages: the stages held here.
-        devices: of each.
-        workers: the worker of every stage.
-        batch_norms: the layers whose statistics are deferred.
-        checkpoint: the policy of every stage; empty: "never".
-        graphs: recordings of the stages, if there are to be any.
-        ledger: counts the bytes that are kept, if that was asked for.
-    """
-
-    stages: Mapping[int, StageModule] = field(default_factory=dict)
-    devices: Mapping[int, torch.device] = field(default_factory=dict)
-    workers: tuple[str, ...] = ()
-    batch_norms: DeferredBatchNorm = field(default_factory=lambda: DeferredBatchNorm(()))
-    checkpoint: tuple[str, ...] = ()
-    graphs: StageGraphs | None = None
-    ledger: Ledger | None = None
-
-    @cached_property
-    def buffer_memory(self) -> frozenset[int]:
-        """The memory of the buffers, which every micro-batch may change in place."""
-        return frozenset(memory_of(buffer for stage in self.stages.values() for buffer in stage.buffers()))
 
 
 class Executor:
@@ -144,7 +115,7 @@ class Executor:
 
     def _do(self, action: Action) -> None:
         if action.is_forward:
-            with self._holding.batch_norms.collecting(action.stage):
+            with self._holding.batch_norms.collecting(action.stage, action.micro_batch):
                 self._forward(action)
             return
         if action.work is Work.WEIGHT:
@@ -197,7 +168,7 @@ class Executor:
 
     def _give(self, edge: Edge, action: Action, value: Any, backward: bool) -> None:
         """Hands a value to a stage: at once if it is here, else by the courier."""
-        to = self._worker_of(edge.source if backward else edge.target)
+        to = self._worker_of(edge.source if backward else edge.target, action.micro_batch)
         key = self._key(edge, action, backward)
         if backward and is_shared(value):
             value = own_copy(value)  # the memory may be that of a parameter's gradient, too
@@ -223,8 +194,8 @@ class Executor:
         key = (end, edge.value, edge.source, edge.target, micro_batch, backward)
         return self._memories.setdefault(key, {})
 
-    def _worker_of(self, stage: int) -> str:
-        return CLIENT_NAME if stage == CLIENT else self._ends[stage]
+    def _worker_of(self, stage: int, micro_batch: int) -> str:
+        return CLIENT_NAME if stage == CLIENT else replica_for(self._ends[stage], micro_batch)
 
     def _ports(self, action: Action) -> Any:
         return self._holding.stages[action.stage].ports(self._run.mode)
@@ -246,14 +217,15 @@ class Executor:
             inputs.append((value, requires_grad and grad))
             del value  # the stage may free what it does not keep
         pairs = zip(ports.inputs, inputs, strict=True)
-        came = memory_of(v for e, (v, _) in pairs if self._worker_of(e.source) == self._endpoint.name)
+        local = {e for e in ports.inputs if self._worker_of(e.source, action.micro_batch) == self._endpoint.name}
+        came = memory_of(value for edge, (value, _) in pairs if edge in local)
         self.shapes = ", ".join(str(TensorSpec.of(v)) for v, _ in inputs if isinstance(v, Tensor))
         ledger = self._holding.ledger
         before_bytes = ledger.live_bytes if ledger is not None else 0
         with self._drawing(action), self._report.timing(action.work, action):
             values = dict(zip(ports.outputs, self._replay_or_run(action, inputs, saved), strict=True))
         # What is sent is read for a while: its user here, or the next micro-batch, may change it in place then.
-        here = [edge for edge in ports.edges if self._worker_of(edge.target) == self._endpoint.name]
+        here = [e for e in ports.edges if self._worker_of(e.target, action.micro_batch) == self._endpoint.name]
         changing = self._holding.buffer_memory | came | memory_of(values[edge.value] for edge in here)
         for edge in ports.edges:
             value = values[edge.value]
@@ -326,7 +298,7 @@ class Executor:
             yield
             key, packet = state_key(self._number, stage), Packet(states(device))
             last = stage + 1 == len(self._holding.workers)
-            to = CLIENT_NAME if last else self._worker_of(stage + 1)
+            to = CLIENT_NAME if last else self._worker_of(stage + 1, action.micro_batch)
             if to == self._endpoint.name:
                 self._endpoint.mailbox.deliver(key, packet)
             else:
@@ -402,7 +374,7 @@ class Executor:
             target = loss.target.build({e: self._take(e, end, backward=False)[0] for e in loss.target.edges})
         with self._report.timing("loss", action), self._surroundings.active():
             weighted, gradients = loss.gradients(m, values, waiting, target)
-        self._report.losses.append(weighted)
+        self._report.losses[m] = weighted
         for edge in loss.edges:
             if edge in waiting:
                 self._give(edge, action, gradients[edge], backward=True)

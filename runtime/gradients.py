@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxsplit.errors import PipelineError
 from fxsplit.runtime.engine import Engine
+from fxsplit.schedules.replicas import replicas_of
 
 _RATIO_TOLERANCE = 1e-4
 
@@ -82,7 +83,7 @@ class Gradients:
         """Sets gradients, each at its parameter's home."""
         for worker in dict.fromkeys(workers[0] for workers in self._homes.values()):
             own = {name: g for name, g in gradients.items() if self._homes[name][0] == worker}
-            self.engine.call(worker, "set_gradients", own)
+            self._tell(worker, "set_gradients", own)
 
     def clear(self, names: Sequence[str]) -> None:
         """Sets gradients to None."""
@@ -130,26 +131,35 @@ class Gradients:
     def _sum_tied(self) -> None:
         """Adds the copies' gradients to the home's; may be called at any time, any number of times."""
         for name, (home, *others) in self._tied.items():
-            parts = [self.engine.call(w, "get_gradients", [name]).get(name) for w in (home, *others)]
+            parts = [self._ask(w, "get_gradients", [name]).get(name) for w in (home, *others)]
             present = [part for part in parts if part is not None]
             if len(present) > (parts[0] is not None):
                 total = present[0]
                 for part in present[1:]:
                     total = total + part
-                self.engine.call(home, "set_gradients", {name: total})
+                self._tell(home, "set_gradients", {name: total})
                 for worker in others:
-                    self.engine.call(worker, "clear_gradients", [name])
+                    self._tell(worker, "clear_gradients", [name])
 
     def share_tied(self) -> None:
         """Gives every copy the whole gradient, for the step."""
         self._sum_tied()
         for name, (home, *others) in self._tied.items():
-            gradient = self.engine.call(home, "get_gradients", [name])
+            gradient = self._ask(home, "get_gradients", [name])
             for worker in others:
-                self.engine.call(worker, "set_gradients", gradient)
+                self._tell(worker, "set_gradients", gradient)
 
     def unshare_tied(self) -> None:
         """After the step the home alone keeps the gradient."""
         for name, (_, *others) in self._tied.items():
             for worker in others:
-                self.engine.call(worker, "clear_gradients", [name])
+                self._tell(worker, "clear_gradients", [name])
+
+    def _ask(self, worker: str, command: str, *arguments: Any) -> Any:
+        """What a worker says; replicas say the same."""
+        return self.engine.call(replicas_of(worker)[0], command, *arguments)
+
+    def _tell(self, worker: str, command: str, *arguments: Any) -> None:
+        """Has a worker do something, or each of its replicas."""
+        for name in replicas_of(worker):
+            self.engine.call(name, command, *arguments)

@@ -196,7 +196,7 @@ def refusal(stage: nn.Module, checkpoint: str, deferred: Sequence[nn.Module]) ->
         return f"its activations are computed again (checkpoint={checkpoint!r})"
     for name, module in stage.named_modules():
         if any(module is layer for layer in deferred):
-            return f"{name} defers its statistics (deferred_batch_norm)"
+            return f"{name} collects its statistics (deferred_batch_norm, or replicas)"
         if isinstance(module, Shrink):
             return f"{name} changes its shape as it learns"
         if any(getattr(module, hooks, None) for hooks in _HOOKS):

@@ -9,11 +9,15 @@ from typing import Any
 
 from fxsplit.errors import PipelineError, WorkerError
 from fxsplit.runtime.failure import loss_of, raise_failure
+from fxsplit.runtime.replication import check_digests
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, LostWorker, Transport, hand_over, wait_done
 from fxsplit.runtime.worker import Worker
+from fxsplit.schedules.replicas import replicas_of, single_workers
 
 TIMEOUT_S = 30.0
 """How long a worker may be silent before it is given up, if nothing else is asked for."""
+
+_SAME_OF_REPLICAS = ("state", "gradient_norms", "get_gradients", "optimizer_state", "imitation_begin")
 
 _LOSS_WAIT_S = 1.0
 
@@ -37,6 +41,8 @@ class Group:
 
     def __init__(self, transport: Transport, timeout_s: float = TIMEOUT_S) -> None:
         self.remote: tuple[str, ...] = ()
+        self._workers: tuple[str, ...] = ()
+        self._followers: set[str] = set()
         self._transport = transport
         self._timeout_s = timeout_s
         self._endpoint: Endpoint | None = None
@@ -47,10 +53,15 @@ class Group:
     def start(self, workers: Iterable[str]) -> None:
         """Starts the workers beside the client.
 
+        Args:
+            workers: of the stages, or their replicas.
+
         Raises:
             WorkerError: one of them did not start.
         """
-        self.remote = tuple(dict.fromkeys(w for w in workers if w != CLIENT_NAME))
+        self._workers = tuple(worker for worker in workers if worker != CLIENT_NAME)
+        self.remote = single_workers(self._workers)
+        self._followers = {name for worker in self._workers for name in replicas_of(worker)[1:]}
         self._endpoint = self._transport.start(self.remote, self._handle)
         self._worker = Worker(self._endpoint, self._check)
 
@@ -68,12 +79,27 @@ class Group:
     # ------------------------------------------------------------------ commands
 
     def broadcast(self, command: str, *arguments: Any) -> dict[str, Any]:
-        """Runs a command on every worker, the client included, and returns the results by worker."""
-        return self.gather({w: self.start_command(w, command, *arguments) for w in (*self.remote, CLIENT_NAME)})
+        """Runs a command on every worker, the client included, and returns the results by worker.
+
+        What all replicas of a stage would say alike the first one is asked for.
+        """
+        silent = self._followers if command in _SAME_OF_REPLICAS else ()
+        asked = [worker for worker in (*self.remote, CLIENT_NAME) if worker not in silent]
+        return self.gather({w: self.start_command(w, command, *arguments) for w in asked})
 
     def call(self, worker: str, command: str, *arguments: Any) -> Any:
         """Runs a command on one worker."""
         return self.gather({worker: self.start_command(worker, command, *arguments)})[worker]
+
+    def check_replicas(self) -> None:
+        """Compares the parameters and buffers of replicas.
+
+        Raises:
+            WorkerError: they are not the same on all replicas of a stage, bit for bit.
+        """
+        for names in dict.fromkeys(replicas_of(worker) for worker in self._workers):
+            if len(names) > 1:
+                check_digests(self.gather({name: self.start_command(name, "digest") for name in names}))
 
     def start_command(self, worker: str, command: str, *arguments: Any) -> Future[Any]:
         """Has a worker run a command; `gather` waits for the result."""

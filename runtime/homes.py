@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from fxsplit.planning import Plan
+from fxsplit.planning import Plan, parse_devices
 from fxsplit.split import SplitModel
 
 
@@ -17,8 +17,18 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in pairs}
 
 
+def stages_of(plan: Plan, worker: str) -> dict[int, str]:
+    """The stages that a worker holds, or a replica of, each with its device there."""
+    return {
+        stage: replica.device
+        for stage, placement in enumerate(parse_devices(plan.devices))
+        for replica in placement.replicas
+        if replica.worker == worker
+    }
+
+
 def homes_of(plan: Plan, split_model: SplitModel, canonical: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """The workers that hold each parameter, in the order of their stages."""
+    """The workers that hold each parameter, in the order of their stages; replicas are one."""
     homes: dict[str, dict[str, None]] = {}
     for worker, stage in zip(plan.workers, split_model.stages, strict=True):
         for name, _ in stage.named_parameters(remove_duplicate=False):

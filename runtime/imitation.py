@@ -92,7 +92,8 @@ class Imitation:
         return float(wrong.detach().sqrt())
 
     def end(self, name: str) -> dict[str, Tensor]:
-        """Ends the watch; returns the state of the module behind the cut, on the CPU."""
+        """Ends the watch; returns the state of both modules, on the CPU, for whoever else has them."""
         lesson = self._lessons.pop(name)
         lesson.hook.remove()
-        return {f"{name}.up.{key}": value.detach().cpu() for key, value in lesson.up.state_dict().items()}
+        both = (("down", lesson.down), ("up", lesson.up))
+        return {f"{name}.{end}.{k}": v.detach().cpu() for end, m in both for k, v in m.state_dict().items()}

@@ -14,12 +14,21 @@ from typing import Any
 import torch
 
 from fxsplit.runtime.packet import Key, Packet
-from fxsplit.runtime.transport import CLIENT_NAME, CommandHandler, Endpoint, LostWorker, Mailbox, hand_over
+from fxsplit.runtime.transport import (
+    CLIENT_NAME,
+    LOOPBACK,
+    CommandHandler,
+    Endpoint,
+    LostWorker,
+    Mailbox,
+    hand_over,
+)
 from fxsplit.runtime.worker import Worker
 
 
 class _InProcessEndpoint:
     is_immediate = True
+    interface = LOOPBACK
 
     def __init__(self, name: str, peers: dict[str, _InProcessEndpoint], handler: CommandHandler | None) -> None:
         self.name = name

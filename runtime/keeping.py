@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxsplit.errors import PlanError, SnapshotError
-from fxsplit.runtime.executor import Holding
+from fxsplit.runtime.holding import Holding
 from fxsplit.runtime.host_random import host_states, seed_host, set_host_states
 from fxsplit.runtime.parameters import ParameterStore
 from fxsplit.snapshots import files

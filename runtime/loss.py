@@ -14,6 +14,7 @@ from fxsplit.compressors import Lossless
 from fxsplit.errors import InputError
 from fxsplit.runtime.packet import GradientTap
 from fxsplit.schedules import Action
+from fxsplit.schedules.replicas import replicas_of
 from fxsplit.stage import CLIENT, Edge
 from fxsplit.trace.traced import OutputLayout
 
@@ -51,7 +52,7 @@ class Loss:
         weights: by which the micro-batches' losses are summed.
         leaves: the leaves of the model's output: the edge that brings it, or the value itself.
         layout: how they are put together.
-        worker: the worker that makes it.
+        worker: the worker that makes it; of a replicated stage, each replica makes those of its micro-batches.
         last_stage: the stage whose backward begins with it.
         returns_outputs: whether the outputs go to the client, too.
         scale: factor of the gradients.
@@ -74,7 +75,7 @@ class Loss:
 
     def as_seen_by(self, worker: str) -> Loss:
         """What is sent to a worker: the function goes to the one that makes the loss, and to no other."""
-        return self if worker == self.worker else replace(self, function=_elsewhere, target=None)
+        return self if worker in replicas_of(self.worker) else replace(self, function=_elsewhere, target=None)
 
     def is_due(self, action: Action) -> bool:
         """Whether it is made before this action."""

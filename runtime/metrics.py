@@ -19,12 +19,13 @@ _WORK = frozenset("FBIW") | {"loss"}
 
 @dataclass(frozen=True)
 class WorkerTime:
-    """Seconds of one worker, or stage, over all steps: computing, coding, and waiting for packets."""
+    """Seconds of one worker, or stage, over all steps: computing, coding, waiting for packets, and all-reduce."""
 
     compute_s: float = 0.0
     encode_s: float = 0.0
     decode_s: float = 0.0
     wait_s: float = 0.0
+    reduce_s: float = 0.0
 
     def __add__(self, other: WorkerTime) -> WorkerTime:
         return WorkerTime(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -113,7 +114,7 @@ class Metrics:
 
     def add(self, report: RunReport) -> None:
         """Adds what a worker measured."""
-        own = WorkerTime(report.compute_s, report.encode_s, report.decode_s, report.wait_s)
+        own = WorkerTime(report.compute_s, report.encode_s, report.decode_s, report.wait_s, report.reduce_s)
         self.workers[report.worker] = self.workers.get(report.worker, WorkerTime()) + own
         known = self.peak_memory_bytes.get(report.worker, 0)
         self.peak_memory_bytes[report.worker] = max(known, report.peak_memory_bytes)
@@ -215,12 +216,16 @@ class Metrics:
 
     def _worker_table(self) -> Table:
         table = Table()
-        for column in ("worker", "compute", "waiting", "encode", "decode", "bubble", "peak memory"):
+        is_reduced = any(time.reduce_s for time in self.workers.values())
+        columns = ("worker", "compute", "waiting", "encode", "decode", *(("all-reduce",) if is_reduced else ()))
+        for column in (*columns, "bubble", "peak memory"):
             table.add_column(column, justify="left" if column == "worker" else "right")
         stages = [(f"  stage {stage}", time) for stage, time in sorted(self.stages.items())]
         for name, time in [*self.workers.items(), *stages]:
             is_worker = name in self.workers
-            seconds = (time.compute_s, time.wait_s, time.encode_s, time.decode_s)
+            seconds = (time.compute_s, time.wait_s, time.encode_s, time.decode_s, time.reduce_s)[
+                : len(columns) - 1
+            ]
             table.add_row(
                 name,
                 *(format_seconds(value) for value in seconds),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxsplit.errors import DeviceError
-from fxsplit.planning.devices import Placement, parse_devices
+from fxsplit.planning.devices import Placement, parse_devices, single_placements
 from fxsplit.planning.links import MEASURED, Link
 from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.transport import CLIENT_NAME
@@ -43,7 +43,7 @@ def probe(
         DeviceError: the list names no worker beside the client.
         WorkerError: a worker did not come, or was lost.
     """
-    placements: tuple[Placement, ...] = parse_devices(devices)
+    placements: tuple[Placement, ...] = single_placements(parse_devices(devices))
     workers = tuple(dict.fromkeys(p.worker for p in placements if not p.is_client))
     if not workers:
         raise DeviceError("there is no link to measure", found=", ".join(devices), allowed="two workers, or more")

@@ -20,7 +20,7 @@ class Span(NamedTuple):
 
     Attributes:
         kind: "F", "B", "I", "W" as in `fxsplit.schedules.Work`; "loss"; "wait" of the thread that computes;
-            "encode", "send" and "decode" of a packet.
+            "encode", "send" and "decode" of a packet; "reduce" of a replica, whose number is the micro-batch.
         source: the stage at work, or the one that the packet comes from.
         target: the same stage, or the one that it goes to.
         micro_batch: of the batch.
@@ -92,9 +92,10 @@ class RunReport:
         encode_s: seconds of its encoder.
         decode_s: seconds of its decoder.
         wait_s: seconds that the thread which computes had nothing to compute.
+        reduce_s: seconds of the all-reduce of a replica's gradients, waiting for the other replicas included.
         traffic: what it sent, by (receiver, backward).
         spans: what it did when.
-        losses: of the micro-batches, weighted, if the loss is made here.
+        losses: by micro-batch, weighted, if the loss is made here.
         notes: what the user is to be told, once.
         marks: behind the work that makes them, if they are on a GPU of this process.
         peak_memory_bytes: the most that its devices' memory (CUDA), or else its process, has held so far.
@@ -108,9 +109,10 @@ class RunReport:
     encode_s: float = 0.0
     decode_s: float = 0.0
     wait_s: float = 0.0
+    reduce_s: float = 0.0
     traffic: dict[tuple[str, bool], LinkTraffic] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
-    losses: list[Tensor] = field(default_factory=list)
+    losses: dict[int, Tensor] = field(default_factory=dict)
     marks: Marks = ()
     notes: list[str] = field(default_factory=list)
     peak_memory_bytes: int = 0
@@ -120,13 +122,13 @@ class RunReport:
 
     @contextmanager
     def timing(self, kind: str, action: Action) -> Iterator[None]:
-        """What is inside is an action's, or its "wait" or "loss"."""
+        """What is inside is an action's, or its "wait" or "loss"; or the "reduce" at the end of a step."""
         start = time.perf_counter()
         try:
             yield
         finally:
             end = time.perf_counter()
-            what = "wait_s" if kind == "wait" else "compute_s"
+            what = f"{kind}_s" if kind in ("wait", "reduce") else "compute_s"
             setattr(self, what, getattr(self, what) + end - start)
             self.spans.append(Span(kind, action.stage, action.stage, action.micro_batch, start, end))
 

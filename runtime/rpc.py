@@ -34,11 +34,10 @@ from fxsplit.runtime.launch import WorkerProcess, WorkerSettings
 from fxsplit.runtime.packet import Key, Packet, checksum_of
 from fxsplit.runtime.pulse import Heartbeats
 from fxsplit.runtime.streams import to_host
-from fxsplit.runtime.transport import CLIENT_NAME, CommandHandler, Endpoint, LostWorker, Mailbox
+from fxsplit.runtime.transport import CLIENT_NAME, LOOPBACK, CommandHandler, Endpoint, LostWorker, Mailbox
 
 START_TIMEOUT_S = 60.0
 JOIN_TIMEOUT_S = float(os.environ.get("FXSPLIT_JOIN_TIMEOUT_S", "300"))
-LOOPBACK = "lo" if sys.platform.startswith("linux") else "lo0"
 
 _endpoint: RpcEndpoint | None = None
 """This process's end: `torch.distributed.rpc` is one to a process, and calls functions, not methods."""
@@ -102,6 +101,7 @@ class RpcEndpoint:
         self.name = name
         self.mailbox = Mailbox()
         self.handler = handler
+        self.interface = LOOPBACK
         self._session = session
         self._direct: dict[str, torch.device] = {}
         self._infos: dict[str, WorkerInfo] = {}
@@ -125,7 +125,7 @@ class RpcEndpoint:
             gpus: of the workers, as the client knows them; see `device_maps.sole_gpus`.
         """
         global _endpoint
-        _endpoint = self
+        _endpoint, self.interface = self, interface
         maps = device_maps.peers_of(self.name, device_maps.exchange(store, self.name, rank, gpus or {}))
         self._direct = {peer: next(iter(pairs)) for peer, pairs in maps.items()}
         by_address = {self._address(peer): dict(pairs) for peer, pairs in maps.items()}

@@ -75,7 +75,7 @@ class Scheduler:
             self._last = orders
             timeline = check(orders, workers, chunks, self.times)
             for stage, live in enumerate(timeline.live):
-                limit = self._schedule.live_limit(stage, len(workers), chunks)
+                limit = self._schedule.live_limit(stage, workers, chunks)
                 if live > limit:
                     raise PlanError(
                         f"{self._schedule.name} keeps more micro-batches than it may",
@@ -90,6 +90,7 @@ class Scheduler:
 def _measured_stage(before: StageTimes, found: Mapping[str, float]) -> StageTimes:
     """The backward as it was not run, in one piece or in two parts, changes as the one that was."""
     loss_s, forward_s = found.get("loss", 0.0), found.get("F", before.forward_s)
+    reduce_s = found.get("reduce", before.reduce_s)
     if "B" in found:
         backward_s = found["B"] + loss_s
         ratio = backward_s / before.backward_s if before.backward_s else 1.0
@@ -99,8 +100,15 @@ def _measured_stage(before: StageTimes, found: Mapping[str, float]) -> StageTime
         known = before.input_s + before.weight_s
         backward_s = before.backward_s * (sum(parts) / known if known else 1.0)
     else:
-        return replace(before, forward_s=forward_s)
-    return replace(before, forward_s=forward_s, input_s=parts[0], weight_s=parts[1], backward_s=backward_s)
+        return replace(before, forward_s=forward_s, reduce_s=reduce_s)
+    return replace(
+        before,
+        forward_s=forward_s,
+        input_s=parts[0],
+        weight_s=parts[1],
+        backward_s=backward_s,
+        reduce_s=reduce_s,
+    )
 
 
 def measured_times(before: Times, spans: Iterable[Span]) -> Times:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from fxsplit.runtime.streams import mark
 CommandHandler = Callable[[str, tuple[Any, ...]], "Future[Any]"]
 
 _REMEMBERED_RUNS = 256  # packets of a run that was given up may still be under way for a while
+
+LOOPBACK = "lo" if sys.platform.startswith("linux") else "lo0"
 
 CLIENT_NAME = "client"
 """The worker that calls the pipeline."""
@@ -141,6 +144,8 @@ class Endpoint(Protocol):
     mailbox: Mailbox
     is_immediate: bool
     """Whether sending takes the host no longer than queueing a copy."""
+    interface: str
+    """The network interface by which other workers reach this one."""
 
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Delivers a packet to a worker's mailbox, in the background."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from fxsplit.errors import PlanError
 from fxsplit.planning import Placement
+from fxsplit.planning.devices import single_placements
 from fxsplit.runtime import torchrun
 from fxsplit.runtime.handshake import parse_address
 from fxsplit.runtime.in_process import InProcess
@@ -55,7 +56,7 @@ def listening(listen: str, token: str | None, placements: Sequence[Placement], n
     if name != Rpc.name:
         raise PlanError("only the transport 'rpc' can listen", found=name, allowed=Rpc.name)
     joining: dict[str, list[str]] = {}
-    for placement in placements:
+    for placement in single_placements(placements):
         if placement.is_named:
             joining.setdefault(placement.worker, []).append(placement.device)
     if not joining:

@@ -21,7 +21,7 @@ class Undo:
         buffers: each with a copy.
         host: the states of Python's and numpy's random numbers, if the process is the worker's own.
         gradients: each parameter with a copy of its gradient, if it had one; only a whole step changes gradients
-            before it is known to succeed.
+            before it is known to succeed, and a replica, whose gradients must stay those of the others.
     """
 
     number: int
@@ -30,11 +30,18 @@ class Undo:
     host: HostRandom | None = None
 
     @classmethod
-    def of(cls, number: int, stages: Iterable[nn.Module], with_gradients: bool, with_host: bool) -> Undo:
+    def of(
+        cls,
+        number: int,
+        stages: Iterable[nn.Module],
+        with_gradients: bool,
+        with_host: bool,
+        with_buffers: bool = True,
+    ) -> Undo:
         """Copies what a run may change. Gradients that are not there, as after `zero_grad`, cost nothing."""
         stages = list(stages)
         parameters = [p for stage in stages for p in stage.parameters()] if with_gradients else []
-        buffers = [buffer for stage in stages for buffer in stage.buffers()]
+        buffers = [buffer for stage in stages for buffer in stage.buffers()] if with_buffers else []
         with_gradient = [p for p in parameters if p.grad is not None]
         copies = iter(_copies([p.grad for p in with_gradient if p.grad is not None]))
         return cls(
@@ -43,6 +50,13 @@ class Undo:
             [(p, None if p.grad is None else next(copies)) for p in parameters],
             HostRandom() if with_host else None,
         )
+
+    @classmethod
+    def of_backward(cls, number: int, stages: Iterable[nn.Module], before: Undo) -> Undo:
+        """What `before`, of the same run's forward, has copied, and the gradients."""
+        gradients = cls.of(number, stages, True, False, with_buffers=False).gradients
+        known = before if before.number == number else cls(number)
+        return cls(number, known.buffers, gradients, known.host)
 
     @torch.no_grad()
     def apply(self) -> None:

@@ -14,9 +14,10 @@ from fxsplit.compressors.decaying_linear import Shrink
 from fxsplit.runtime import fingerprint, shipping
 from fxsplit.runtime.courier import Courier
 from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
-from fxsplit.runtime.executor import Executor, Holding
+from fxsplit.runtime.executor import Executor
 from fxsplit.runtime.failure import Failure
 from fxsplit.runtime.graphs import StageGraphs, refusal
+from fxsplit.runtime.holding import Holding
 from fxsplit.runtime.imitation import Imitation
 from fxsplit.runtime.keeping import Keeper
 from fxsplit.runtime.live_memory import Ledger
@@ -27,6 +28,7 @@ from fxsplit.runtime.place import IDLE, Place
 from fxsplit.runtime.precision import check_autocast
 from fxsplit.runtime.pulse import Pulse
 from fxsplit.runtime.randomness import Randomness
+from fxsplit.runtime.replication import Replication, digest_of
 from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.run_state import RunState
 from fxsplit.runtime.settings import TorchSettings
@@ -59,6 +61,7 @@ class Worker:
         self._undo = Undo(0)
         self._pace = Pace(())
         self._parameters = ParameterStore()
+        self._replication: Replication | None = None
         self._imitation = Imitation()
         self._shrinking: list[Shrink] = []
         self._memories: dict[tuple[Any, ...], dict[str, Tensor]] = {}
@@ -74,6 +77,7 @@ class Worker:
             "state": self.state,
             "clock": time.perf_counter,
             "count_memory": self.count_memory,
+            "digest": lambda: digest_of(self._holding.stages),
             "echo": lambda _, reply_bytes: torch.zeros(reply_bytes, dtype=torch.uint8),  # of `probe`
             **self._parameters.commands,
             **self._imitation.commands,
@@ -116,7 +120,7 @@ class Worker:
             data: the stages by number, as `shipping.dump` made them.
             tensors: their tensors.
             devices: the device of each stage held here.
-            workers: the worker of every stage.
+            workers: the worker of every stage, or its replicas.
             canonical: name of a tied parameter -> its first name in the model.
             guarded: the modes in which some stage may refuse a batch.
             settings: the client's precision and determinism.
@@ -131,7 +135,10 @@ class Worker:
         placed = {stage: torch.device(device) for stage, device in devices.items()}
         for number, module in stages.items():
             module.to(placed[number])
-        batch_norms = DeferredBatchNorm(stages.values() if deferred_batch_norm else ())
+        self._give_up_replication()
+        self._replication = Replication.of(self._endpoint, workers, stages)
+        collects = deferred_batch_norm or self._replication is not None
+        batch_norms = DeferredBatchNorm(stages.values() if collects else (), by_batch=deferred_batch_norm)
         graphs = None
         if cuda_graphs:
             policies = {stage: checkpoint[stage] if checkpoint else "never" for stage in stages}
@@ -191,9 +198,10 @@ class Worker:
         made = shipping.load(*loss) if isinstance(loss, tuple) else loss
         if (ledger := self._holding.ledger) is not None:
             ledger.reset()
+        self._begin_replication(number, actions, is_step=loss is not None)
         self._executor.execute(number, run, actions, surroundings, made, report)
         report.live_bytes = ledger.peak_bytes if ledger is not None else 0
-        self._holding.batch_norms.commit()
+        self._finish_replication(number, actions, mode, report)
         if not run.saved:
             del self._runs[number]
             if self._endpoint.name != CLIENT_NAME:  # which still collects what comes out
@@ -203,11 +211,35 @@ class Worker:
         if self._holding.graphs is not None:
             report.notes = self._holding.graphs.notes()
         if self._endpoint.is_immediate or self._endpoint.name == CLIENT_NAME:
-            report.marks = mark(report.losses)
+            report.marks = mark(list(report.losses.values()))
         else:
-            report.losses = [loss.cpu() for loss in report.losses]
+            report.losses = {m: loss.cpu() for m, loss in report.losses.items()}
         report.peak_memory_bytes = peak_memory_bytes(self._holding.devices.values())
         return report
+
+    def _begin_replication(self, number: int, actions: Sequence[Action], is_step: bool) -> None:
+        """A replica begins a backward."""
+        if self._replication is None or not any(action.sends_gradients for action in actions):
+            return
+        if not is_step:
+            self._undo = Undo.of_backward(number, self._holding.stages.values(), self._undo)
+        self._replication.begin_backward()
+
+    def _finish_replication(self, number: int, actions: Sequence[Action], mode: Mode, report: RunReport) -> None:
+        """The work is done: statistics are updated, with what the other replicas saw, and gradients summed."""
+        batch_norms, replication = self._holding.batch_norms, self._replication
+        if replication is None:
+            batch_norms.commit()
+            return
+        check = lambda: self.check()  # noqa: E731  # as above
+        if batch_norms.layers and mode.training and any(action.is_forward for action in actions):
+            batch_norms.commit(lambda own: replication.gather("statistics", own, number, check))
+        if any(action.sends_gradients for action in actions):
+            replication.sum_gradients(number, check, report)
+
+    def _give_up_replication(self) -> None:
+        if self._replication is not None:
+            self._replication.give_up()
 
     def _begin(self, number: int, mode: Mode, is_step: bool) -> RunState:
         if number not in self._runs:
@@ -229,6 +261,7 @@ class Worker:
         if (forgotten := self._runs.pop(run, None)) is not None:
             forgotten.forget()
         if undo:
+            self._give_up_replication()
             self._memories.clear()  # one end of an edge may have seen a packet that the other has not
         if undo and self._undo.number == run:
             self._undo.apply()
@@ -244,6 +277,7 @@ class Worker:
 
     def close(self) -> None:
         """Ends the threads beside this one."""
+        self._give_up_replication()
         self._courier.close()
         self._keeper.close()
 

@@ -9,8 +9,9 @@ from torch._C._distributed_c10d import FileStore
 
 from fxsplit.runtime.launch import WorkerSettings, die_with_parent
 from fxsplit.runtime.pulse import Pulse, page_of
-from fxsplit.runtime.rpc import LOOPBACK, START_TIMEOUT_S
+from fxsplit.runtime.rpc import START_TIMEOUT_S
 from fxsplit.runtime.serving import Serving, serve_joined
+from fxsplit.runtime.transport import LOOPBACK
 
 
 def main(line: str) -> None:

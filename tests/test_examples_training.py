@@ -66,6 +66,15 @@ def test_a_stopped_run_goes_on_with_the_same_numbers(monkeypatch: pytest.MonkeyP
     assert "other settings" in other.output and "chunks: 2 there, 4 here" in other.output
 
 
+def test_two_servers_learn_what_one_does() -> None:
+    """A micro-batch each: the sum of two gradients is the same in either order, and so are the losses."""
+    options = ["digits", "--image-size=32", "--images=64", "--epochs=1", "--batch-size=32", "--chunks=2"]
+    for log, servers in (("one", "server/cpu"), ("two", "a/cpu+b/cpu")):
+        done = run(load_example("vision"), *options, f"--devices=cpu,{servers},cpu", f"--log={log}")
+        assert done.exit_code == 0, done.output
+    assert [row[0] for row in learned("two")] == [row[0] for row in learned("one")]
+
+
 @pytest.mark.parametrize("task", ["rte", "cola"])
 def test_glue_files(task: str) -> None:
     words = ["the cat sat", "a dog ran off", "birds sing songs", "he saw nothing at all"]

@@ -34,6 +34,13 @@ LISTS = [
     ["cpu", "a/cuda", "b/cpu", "cpu"],
     ["cpu"],
 ]
+REPLICATED = [
+    ["cpu", "a/cpu+b/cpu"],
+    ["cpu", "a/cpu+b/cpu", "cpu"],
+    ["cpu", "cuda", "a/cpu+b/cpu+c/cpu"],
+    ["cpu", "a/cpu+b/cpu", "c/cuda+d/cuda"],
+    ["cpu", "a/cpu+b/cpu", "cpu", "a/cpu+b/cpu"],
+]
 KINDS = ("chain", "branches", "anything")
 MOST_DRAFTS = 3_000  # of brute force, that the tests take seconds
 
@@ -143,12 +150,12 @@ def count_of_drafts(problem: Problem) -> int:
     return count
 
 
-def case(seed: int) -> tuple[CostTable, list[str], dict[str, Any], dict[str, Any]]:
+def case(seed: int, lists: list[list[str]] = LISTS) -> tuple[CostTable, list[str], dict[str, Any], dict[str, Any]]:
     """Graph, devices, options of the planner, and the assumptions on links."""
     draw = random.Random(seed)
     costs = random_graph(draw, KINDS[seed % len(KINDS)])
-    devices = draw.choice(LISTS)
-    devices = devices if len(devices) <= len(costs) else LISTS[0]
+    devices = draw.choice(lists)
+    devices = devices if len(devices) <= len(costs) else lists[0]
     is_auto = draw.random() < (0.6 if len(devices) < 3 else 0.3)
     named = draw.choice(
         [None, "uniform4", "fastquant8", ["uniform8", "none", "uniform4"][: max(len(devices) - 1, 1)]]
@@ -207,7 +214,18 @@ def random_budget(draw: random.Random, drafts: list[Draft]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("seed", range(500))
 def test_the_choice_is_that_of_brute_force(seed: int) -> None:
-    costs, devices, options, links = case(seed)
+    assert_best(seed, *case(seed))
+
+
+@pytest.mark.parametrize("seed", range(1000, 1100))
+def test_the_choice_for_replicated_stages_is_that_of_brute_force(seed: int) -> None:
+    assert_best(seed, *case(seed, REPLICATED))
+
+
+def assert_best(
+    seed: int, costs: CostTable, devices: list[str], options: dict[str, Any], links: dict[str, Any]
+) -> None:
+    """Without a budget, and with one that some plans break: nothing there is is better."""
     draw = random.Random(seed + 10**6)
     drafts = list(every_draft(problem_of(costs, devices, options, Budget(**links))))
     if not drafts:

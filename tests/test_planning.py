@@ -212,9 +212,12 @@ def test_dynamic_programming_finds_what_enumeration_finds(seed: int, monkeypatch
     assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("devices", [["cpu", "a/cuda", "b/cpu", "cpu"], ["cpu", "a/cpu+b/cpu", "c/cpu+d/cpu"]])
 @pytest.mark.parametrize("seed", range(20))
-def test_beyond_chains_the_long_search_states_its_gap(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    costs, devices = random_table(seed), ["cpu", "a/cuda", "b/cpu", "cpu"]
+def test_beyond_chains_the_long_search_states_its_gap(
+    seed: int, devices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = random_table(seed)
     best = plan(costs, devices, chunks=2)
     monkeypatch.setattr(planner, "EXACT_CELLS", 0)
     found = plan(costs, devices, chunks=2)

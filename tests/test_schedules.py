@@ -40,7 +40,7 @@ def test_every_schedule_is_a_whole_step_within_its_memory(kind: type[Schedule], 
         timeline = check(orders, workers, chunks, times)
         everything = [action for actions in orders.values() for action in actions]
         assert len(everything) == len(set(everything))
-        assert all(live <= made.live_limit(s, len(workers), chunks) for s, live in enumerate(timeline.live))
+        assert all(live <= made.live_limit(s, workers, chunks) for s, live in enumerate(timeline.live))
         for worker in set(workers):
             spans = sorted((s.start_s, s.end_s) for s in timeline.spans if s.resource == worker)
             assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans)), "one thing at a time"

@@ -19,8 +19,9 @@ COLORS = {
     "encode": "#72b7b2",
     "decode": "#54a24b",
     "send": "#9d9da1",
+    "reduce": "#e45756",
 }
-_WORDS = {"F": "forward", "B": "backward", "I": "input gradients", "W": "weight gradients"}
+_WORDS = {"F": "forward", "B": "backward", "I": "input gradients", "W": "weight gradients", "reduce": "all-reduce"}
 
 
 def save_step(events: Sequence[Mapping[str, Any]], path: Path) -> None:

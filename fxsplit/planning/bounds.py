@@ -14,12 +14,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from math import lcm
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fxsplit.planning.predict import Objective
+from fxsplit.schedules.replicas import replica_counts, replicas_of
 
 FloatArray = NDArray[np.float64]
 
@@ -43,7 +45,10 @@ class HopBound(NamedTuple):
 
 
 class _Use(NamedTuple):
-    """A piece of work that a resource does for every micro-batch, with the ways before it and after it."""
+    """A piece of work that a resource does for every micro-batch, with the ways before it and after it.
+
+    Of replicas, the load is the share that the busiest has at least.
+    """
 
     resource: object
     load: FloatArray
@@ -79,6 +84,7 @@ class Work:
         backward: seconds of their backwards.
         there: (source stage, target stage) -> the hop of what is sent.
         back: the same of gradients, under the same keys.
+        reduce: seconds of the all-reduce of the stages' gradients, once a step; empty: none.
     """
 
     workers: Sequence[str]
@@ -86,6 +92,7 @@ class Work:
     backward: Sequence[FloatArray]
     there: Mapping[tuple[int, int], HopBound]
     back: Mapping[tuple[int, int], HopBound]
+    reduce: Sequence[FloatArray] = ()
 
     def bound(self, chunks: int, rules: Rules, objective: Objective) -> FloatArray:
         """Seconds below which the objective's time does not come."""
@@ -109,13 +116,13 @@ class Work:
         whole = [_Use(u.resource, u.load, u.head, u.tail + leave[last]) for u in there]
         whole += [_Use(u.resource, u.load, u.head + path, u.tail) for u in back]
         found = _bound(whole, path + leave[last], chunks)
-        if rules.has_phases:
+        if rules.has_phases and len(replicas_of(self.workers[last])) == 1:
             found = np.maximum(found, _bound(there, path, chunks) + _bound(back, leave[last], chunks))
         return found
 
     def _forward_uses(self, arrive: Sequence[FloatArray], path: FloatArray) -> list[_Use]:
         uses = [
-            _Use(worker, seconds, arrive[stage], path - arrive[stage] - seconds)
+            _Use(worker, seconds / len(replicas_of(worker)), arrive[stage], path - arrive[stage] - seconds)
             for stage, (worker, seconds) in enumerate(zip(self.workers, self.forward, strict=True))
         ]
         for (source, target), hop in self.there.items():
@@ -132,9 +139,12 @@ class Work:
         uses = [
             _Use(
                 worker,
-                seconds,
+                seconds / len(replicas_of(worker)),
                 leave[last] - leave[stage],
-                none if rules.splits_backwards else leave[stage] - seconds,
+                np.maximum(
+                    none if rules.splits_backwards else leave[stage] - seconds,
+                    self.reduce[stage] if self.reduce else none,
+                ),
             )
             for stage, (worker, seconds) in enumerate(zip(self.workers, self.backward, strict=True))
         ]
@@ -146,10 +156,11 @@ class Work:
 
 def _hop_uses(sender: str, receiver: str, hop: HopBound, head: FloatArray, tail: FloatArray) -> list[_Use]:
     after = hop.latency + hop.decode + tail
+    out, into = replica_counts((sender, receiver))
     return [
-        _Use((sender, "encode"), hop.encode, head, hop.wire + after),
-        _Use((sender, receiver), hop.wire, head + hop.encode, after),
-        _Use((receiver, "decode"), hop.decode, head + hop.encode + hop.wire + hop.latency, tail),
+        _Use((sender, "encode"), hop.encode / out, head, hop.wire + after),
+        _Use((sender, receiver), hop.wire / lcm(out, into), head + hop.encode, after),
+        _Use((receiver, "decode"), hop.decode / into, head + hop.encode + hop.wire + hop.latency, tail),
     ]
 
 

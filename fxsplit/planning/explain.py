@@ -49,7 +49,7 @@ def _branches(
 ) -> str:
     """What a division of the model's branches between two devices would take, if there are two."""
     placements = tuple(dict.fromkeys(parse_devices(devices)))
-    if len(placements) != 2 or len(costs) > MOST_NODES:
+    if len(placements) != 2 or len(costs) > MOST_NODES or len(placements[1].replicas) > 1:
         return ""
     one, other = placements
     links = Links.of(budget, placements, None if profile is None else profile.links)

@@ -37,9 +37,11 @@ from fxsplit.planning.hops import (
 )
 from fxsplit.planning.limits import excess_of_count, excess_of_time, limits_by_position
 from fxsplit.planning.parts import is_local
+from fxsplit.planning.predict import all_reduce_s
 from fxsplit.planning.problem import Option, Problem
 from fxsplit.planning.replay import actions_of, step_bound
 from fxsplit.planning.stages import Stages
+from fxsplit.schedules.replicas import share_of, single_workers
 
 Intervals = dict[int, tuple[IntArray, IntArray]]
 """For each axis, per use of a value, the bounds of the cut's position: above the first, up to the second."""
@@ -100,6 +102,7 @@ class _Load:
         macs: of the batch.
         static: bytes of parameters, gradients and the optimizer's state.
         saved: bytes that are kept for the backward of the batch.
+        weights: bytes of parameters.
     """
 
     forward: list[FloatArray]
@@ -107,6 +110,7 @@ class _Load:
     macs: list[IntArray]
     static: list[IntArray]
     saved: list[IntArray]
+    weights: list[IntArray]
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ class Lattice:
         self._workers = [placement.worker for placement in option.placements]
         nodes = problem.costs.nodes
         self._macs = prefix([node.forward_macs for node in nodes])
+        self._weights = prefix([node.parameter_bytes for node in nodes])
         self._static = prefix([node.static_bytes(problem.kept_states) for node in nodes])
         self._saved = prefix([node.saved_bytes for node in nodes])
         prefixes = {p: problem.prefixes(p, option.chunks) for p in option.placements}
@@ -160,7 +165,10 @@ class Lattice:
         load = _Load(
             [each(self._forward[p], s, axes) for s, p in enumerate(places)],
             [each(self._backward[p], s, axes) for s, p in enumerate(places)],
-            *([each(sums, s, axes) for s in range(stages)] for sums in (self._macs, self._static, self._saved)),
+            *(
+                [each(sums, s, axes) for s in range(stages)]
+                for sums in (self._macs, self._static, self._saved, self._weights)
+            ),
         )
         limits = [
             _along(np.array([self._cut_limits.get(int(p), -1) for p in axis]), cut, dims)
@@ -205,13 +213,14 @@ class Lattice:
             [np.asarray(part.macs) for part in parts],
             [np.asarray(part.memory_bytes - part.kept_bytes) for part in parts],
             [np.asarray(part.kept_bytes) for part in parts],
+            [np.asarray(part.parameter_bytes) for part in parts],
         )
         limits = [np.asarray(self._cut_limits.get(position, -1)) for position in stages.positions]
         scores = self._score(load, found, limits)
         return Scores(*(np.broadcast_to(a, shape).astype(np.float64) for a in (scores.bound, scores.excess)))
 
     def _score(self, load: _Load, found: _Found, limits: Sequence[IntArray]) -> Scores:
-        work = Work(self._workers, load.forward, load.backward, found.there, found.back)
+        work = Work(self._workers, load.forward, load.backward, found.there, found.back, self._reduces(load))
         seconds, budget = self._seconds(work), self._problem.budget
         excess = np.array(-1.0)
         for line in self._excesses(load, found, limits):
@@ -220,6 +229,16 @@ class Lattice:
             excess = np.maximum(excess, excess_of_time(seconds, budget.step_time_s))
         price_per_s = self._problem.objective.price_per_s(p.spelling for p in self._option.placements)
         return Scores(seconds * price_per_s, excess)
+
+    def _reduces(self, load: _Load) -> list[FloatArray]:
+        """Seconds of the all-reduce of each stage's gradients; nothing if there are no replicas."""
+        if len(single_workers(self._workers)) == len(set(self._workers)):
+            return []
+        between = self._problem.links.between
+        return [
+            np.asarray(all_reduce_s(nbytes, worker, between))
+            for nbytes, worker in zip(load.weights, self._workers, strict=True)
+        ]
 
     def _seconds(self, work: Work) -> FloatArray:
         """The objective's time at least."""
@@ -238,8 +257,9 @@ class Lattice:
         memory: dict[str, IntArray] = defaultdict(lambda: none)
         for stage, placement in enumerate(placements):
             device, kept = placement.spelling, load.saved[stage] + found.received[stage]
-            if not (problem.objective.is_training and problem.rules.has_phases):
-                kept = kept // chunks  # at least one micro-batch, in every stage
+            is_all = problem.objective.is_training and problem.rules.has_phases
+            # Else at least one micro-batch, in every stage.
+            kept = kept * (share_of(chunks, len(placement.replicas)) if is_all else 1) // chunks
             macs[device] = macs[device] + load.macs[stage]
             memory[device] = memory[device] + load.static[stage] + kept
         sent: dict[tuple[str, str], IntArray] = defaultdict(lambda: none)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fxsplit.planning.budget import Budget, Limits, ends_of
 from fxsplit.planning.devices import Placement
+from fxsplit.schedules.replicas import JOINT, replicas_of
 
 ESTIMATED, MEASURED, GIVEN = "estimated", "measured", "given"
 
@@ -39,8 +40,13 @@ class Links:
     pairs: Mapping[tuple[str, str], Link] = field(default_factory=dict)
 
     def between(self, sender: str, receiver: str) -> Link:
-        """The link from one worker to another."""
-        return self.pairs.get((sender, receiver), self.default)
+        """The link from one worker to another; of replicas, the slowest between two of them in each respect."""
+        if JOINT not in sender and JOINT not in receiver:
+            return self.pairs.get((sender, receiver), self.default)
+        ends = [(s, r) for s in replicas_of(sender) for r in replicas_of(receiver) if s != r]
+        found = [self.pairs.get(pair, self.default) for pair in ends]
+        slowest = min(found, key=lambda link: link.bytes_per_s)
+        return replace(slowest, latency_s=max(link.latency_s for link in found))
 
     def kind(self, one: str, other: str) -> tuple[Link, Link]:
         """Both directions between two workers."""
@@ -61,16 +67,18 @@ class Links:
         single = cls._said(Link(), budget.bandwidth, budget.latency)
         names: dict[str, set[str]] = {}
         for placement in placements:
-            names.setdefault(placement.worker, {placement.worker}).add(placement.spelling)
+            for replica in placement.replicas:
+                known = names.setdefault(replica.worker, {replica.worker})
+                known |= {replica.spelling, placement.worker, placement.spelling}
         is_named = any(isinstance(line, Mapping) for line in (budget.bandwidth, budget.latency))
         if not measured and not is_named:
             return cls(single)
         pairs = {}
         for sender, receiver in _pairs(names):
-            known = (measured or {}).get((sender, receiver), Link())
+            link = (measured or {}).get((sender, receiver), Link())
             rates = list(_values(budget.bandwidth, names[sender], names[receiver]))
             waits = list(_values(budget.latency, names[sender], names[receiver]))
-            link = cls._said(known, min(rates, default=None), max(waits, default=None))
+            link = cls._said(link, min(rates, default=None), max(waits, default=None))
             if link != single:
                 pairs[sender, receiver] = link
         return cls(single, pairs)

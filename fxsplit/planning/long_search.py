@@ -24,6 +24,7 @@ from fxsplit.planning.limits import limits_by_position, violations
 from fxsplit.planning.problem import Option, Problem
 from fxsplit.planning.search import Choice
 from fxsplit.planning.stages import Codecs
+from fxsplit.schedules.replicas import single_workers
 
 SAME = 1e-6
 """Relative gap up to which a plan is called optimal."""
@@ -43,7 +44,9 @@ class LongSearch:
         self._spans = [self._span(value) for value in costs.values]
         workers = [placement.worker for placement in problem.placements]
         is_step = problem.schedule == "gpipe" and problem.objective.name == "step"
-        self._is_chain = all(b - a <= 1 for a, b in self._spans) and len(set(workers)) == len(workers) and is_step
+        self._is_replicated = len(single_workers(workers)) > len(set(workers))
+        is_plain = len(set(workers)) == len(workers) and not self._is_replicated
+        self._is_chain = all(b - a <= 1 for a, b in self._spans) and is_plain and is_step
         if max(map(len, (*problem.there, *problem.back))) > 1:  # every value may have its own, ways have one a cut
             self._is_chain = self._is_chain and bool((self._sums[0][CODED] <= 1).all())
         # A price is a step's seconds times what the devices of the plan cost: at least the client's, always there.
@@ -139,13 +142,15 @@ class LongSearch:
     def _bounding(self, chunks: int) -> Chain:
         """The chain whose best way bounds that of the model."""
         chain = self._chain(chunks, 1.0, is_bound=True)
-        return chain if self._problem.schedule == "gpipe" else replace(chain, weight=0.0)
+        has_phases = self._problem.schedule == "gpipe" and not self._is_replicated
+        return chain if has_phases else replace(chain, weight=0.0)
 
     def _chain(self, chunks: int, stretched: float, *, is_bound: bool = False) -> Chain:
         """The model as a chain, with all limits of the budget stretched."""
         problem, places = self._problem, self._places
         placements, nodes = problem.placements, problem.costs.nodes
-        both = [tuple(s[places] for s in problem.prefixes(placement, chunks)) for placement in placements]
+        # Replicas share the work: for the chain, as if each micro-batch took so much less.
+        both = [tuple(s[places] / len(p.replicas) for s in problem.prefixes(p, chunks)) for p in placements]
         macs = prefix([node.forward_macs for node in nodes])[places]
         live = 1 if problem.schedule == "gpipe" else chunks  # at least one micro-batch is kept
         kept = [n.static_bytes(problem.kept_states) + n.saved_bytes // live for n in nodes]

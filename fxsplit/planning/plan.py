@@ -30,6 +30,7 @@ from fxsplit.planning.forecast import (
     read_hop,
     read_link,
 )
+from fxsplit.planning.links import Link
 from fxsplit.planning.parts import (
     CUT_READERS,
     EDGE_READERS,
@@ -79,7 +80,8 @@ class Plan:
         lower_bound_s: seconds below which no choice of cuts comes, by the same prediction.
         is_optimal: whether the cuts are proven to have the least predicted step time (under the budget).
         note: how the plan came about and what it assumes.
-        links: each direction between two workers that the plan uses, as it was assumed.
+        links: each direction between two workers that the plan uses, as it was assumed; of a replicated stage's
+            workers to themselves, the slowest between two replicas.
         hops: predicted times of what the stages send each other for one micro-batch.
         optimizer: the kind of optimizer whose state is in the stages' memory.
         alternatives: one device alone, the raw input, no compression: what they were predicted to take.
@@ -192,7 +194,9 @@ class Plan:
     def times(self) -> Times:
         """The predicted times of one micro-batch, from which `predicted_step_s` was simulated."""
         forward, backward = (hops_by_pair(self.hops, is_backward=way) for way in (False, True))
-        return Times(stage_times(self.parts, self.chunks), forward, backward)
+        links = {(link.sender, link.receiver): Link(link.bytes_per_s, link.latency_s) for link in self.links}
+        between = lambda sender, receiver: links.get((sender, receiver), Link())  # noqa: E731
+        return Times(stage_times(self.parts, self.chunks, between), forward, backward)
 
     def check_fingerprint(self, model: str, fingerprint: str) -> None:
         """Check that the plan was made for a model of this class and structure.

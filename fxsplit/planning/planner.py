@@ -27,6 +27,7 @@ from fxsplit.planning.profile import MACS_PER_S, Profile
 from fxsplit.planning.search import EXACT_CELLS, Choice, Search
 from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.planning.units import format_bytes, format_macs, format_seconds
+from fxsplit.schedules.replicas import replicas_of
 
 CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """The numbers of micro-batches that `chunks="auto"` chooses from, as far as there are samples."""
@@ -93,7 +94,8 @@ def plan(
     budget = Budget() if budget is None else budget
     if not isinstance(budget, Budget):
         raise BudgetError("budget is not a Budget", found=repr(budget), allowed="fxsplit.Budget(...)")
-    budget.check_names(devices, [p.worker for p in placements], costs.cut_points)
+    ends = [end for p in placements for r in (p, *p.replicas) for end in (r.worker, r.spelling)]
+    budget.check_names(devices, list(dict.fromkeys(ends)), costs.cut_points)
     names = None if cuts is None else _ordered(costs, cuts, len(placements))
     there, back = _codecs(compressor, gradient_compressor, len(placements) - 1, guard or Guard())
     problem = Problem(
@@ -220,8 +222,9 @@ def _built(problem: Problem, choice: Choice, names: Sequence[str] | None, optimi
 
 
 def _links(problem: Problem, draft: Draft) -> tuple[PlannedLink, ...]:
-    """Each direction between two workers that something goes over."""
+    """Each direction between two workers that something goes over, and the links between replicas."""
     used = [pair for pair, count in link_bytes(draft.edges, draft.workers).items() if count]
+    used += [(worker, worker) for worker in dict.fromkeys(draft.workers) if len(replicas_of(worker)) > 1]
     return tuple(PlannedLink.of(*pair, problem.links.between(*pair)) for pair in used)
 
 

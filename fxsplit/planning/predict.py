@@ -9,9 +9,10 @@ the loss is made where the last stage is.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, lcm
+from typing import Any
 
 from fxsplit.compressors import Compressor, Lossless, compressor
 from fxsplit.compressors.learned import split_learned
@@ -20,6 +21,8 @@ from fxsplit.planning.links import Link, Links
 from fxsplit.planning.parts import NO_COMPRESSOR, Edge, Part, is_local
 from fxsplit.planning.profile import PACKET_S, Profile
 from fxsplit.schedules import Action, Hop, Schedule, StageTimes, Times
+from fxsplit.schedules.action import dealt
+from fxsplit.schedules.replicas import check_replicas, replica_counts, replicas_of, share_of
 from fxsplit.schedules.simulation import replayed
 
 OBJECTIVES = ("step", "latency", "throughput", "price")
@@ -76,7 +79,7 @@ def times_of(
 ) -> Times:
     """Times of one micro-batch; with outputs, of one more stage: the client, which gets them and does nothing."""
     workers = tuple(placement.worker for placement in placements)
-    stages = stage_times(parts, chunks)
+    stages = stage_times(parts, chunks, links.between)
     if with_outputs:
         stages, placements = (*stages, StageTimes(0.0, 0.0, 0.0)), (*placements, placements[0])
     forward: dict[tuple[int, int], Hop] = defaultdict(Hop)
@@ -94,8 +97,14 @@ def times_of(
     return Times(stages, forward, backward)
 
 
-def stage_times(parts: Sequence[Part], chunks: int) -> tuple[StageTimes, ...]:
-    """Times of the stages for one micro-batch."""
+def stage_times(parts: Sequence[Part], chunks: int, between: Callable[[str, str], Link]) -> tuple[StageTimes, ...]:
+    """Times of the stages for one micro-batch.
+
+    Args:
+        parts: the stages.
+        chunks: micro-batches.
+        between: the link between two workers; between the replicas of a stage, if both are the stage's.
+    """
     return tuple(
         StageTimes(
             part.forward_s / chunks,
@@ -103,9 +112,28 @@ def stage_times(parts: Sequence[Part], chunks: int) -> tuple[StageTimes, ...]:
             part.weight_s / chunks,
             max(1, part.kept_bytes // chunks),
             (part.step_s - part.forward_s) / chunks,
+            all_reduce_s(part.parameter_bytes, part.worker, between),
         )
         for part in parts
     )
+
+
+def all_reduce_s(nbytes: Any, worker: str, between: Callable[[str, str], Link]) -> Any:
+    """Seconds of the ring all-reduce of a stage's gradients; none without replicas, or without gradients.
+
+    Each of n replicas sends 2 (n - 1) pieces, an n-th of the gradients each, one after another (Patarasuk and
+    Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009).
+
+    Args:
+        nbytes: of the gradients: a number, or an array over candidates, as the result then is.
+        worker: of the stage, or its replicas.
+        between: the link between two workers; between the replicas of a stage, if both are the stage's.
+    """
+    replicas = len(replicas_of(worker))
+    if replicas == 1:
+        return 0.0 * nbytes
+    link = between(worker, worker)
+    return 2 * (replicas - 1) * (nbytes / replicas / link.bytes_per_s + (nbytes > 0) * link.latency_s)
 
 
 def hop_of(
@@ -157,20 +185,23 @@ def outcome_of(
         if clock is None:
             return Outcome(inf, (chunks,) * len(workers))
         return Outcome(clock.step_s, tuple(clock.most_live))
+    check_replicas(workers, chunks)
     orders: dict[str, list[Action]] = {worker: [] for worker in workers}
     for stage, worker in enumerate(workers):
         orders[worker] += [Action(stage, m) for m in range(chunks)]
     live = (1,) * len(workers)
     if objective.name == "throughput":
         busy: dict[object, float] = defaultdict(float)
+        counts = replica_counts(workers)
+        share = {n: share_of(chunks, n) / chunks for n in {lcm(a, b) for a in counts for b in counts}}
         for stage, worker in enumerate(workers):
-            busy[worker] += times.stages[stage].forward_s
+            busy[worker] += share[counts[stage]] * times.stages[stage].forward_s
         for (source, target), hop in times.forward.items():
-            busy[workers[source], "encode"] += hop.encode_s
-            busy[workers[source], workers[target]] += hop.wire_s
-            busy[workers[target], "decode"] += hop.decode_s
+            busy[workers[source], "encode"] += share[counts[source]] * hop.encode_s
+            busy[workers[source], workers[target]] += share[lcm(counts[source], counts[target])] * hop.wire_s
+            busy[workers[target], "decode"] += share[counts[target]] * hop.decode_s
         return Outcome(chunks * max(busy.values()), live)
-    return Outcome(replayed(orders, workers, times).step_s, live)
+    return Outcome(replayed(dealt(orders), workers, times).step_s, live)
 
 
 def link_bytes(edges: Iterable[Edge], workers: tuple[str, ...]) -> dict[tuple[str, str], int]:

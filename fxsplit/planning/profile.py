@@ -118,7 +118,7 @@ class Profile:
 
     def node(self, node: NodeCost, placement: Placement) -> NodeSeconds:
         """Seconds of a node where it is placed; an estimate if they were not measured."""
-        of_device = self.nodes.get(placement.spelling)
+        of_device = self.nodes.get(placement.replicas[0].spelling)
         if of_device is not None and node.name in of_device:
             return of_device[node.name]
         rate = MACS_PER_S[placement.device_type]
@@ -130,7 +130,7 @@ class Profile:
         if isinstance(codec, Lossless):
             return CodecSpeed()
         device_type = placement.device_type
-        for device in (placement.spelling, device_type):
+        for device in (placement.replicas[0].spelling, device_type):
             if (measured := self.codecs.get((str(codec), device))) is not None:
                 return measured
         rate = 1.0 / CODEC_BYTES_PER_S[device_type]
@@ -209,8 +209,8 @@ class Profile:
         return replace(self, nodes={**self.nodes, device: times}, codecs={**self.codecs, **codecs}, splits=splits)
 
     def is_measured(self, placement: Placement) -> bool:
-        """Whether the nodes were measured on a device."""
-        return placement.spelling in self.nodes
+        """Whether the nodes were measured on a device; the first of some replicas stands for all."""
+        return placement.replicas[0].spelling in self.nodes
 
 
 def _nodes_of(costs: CostTable, found: Calibration) -> dict[str, NodeSeconds]:

@@ -17,6 +17,7 @@ from fxsplit.errors import PlanError
 from fxsplit.planning.bounds import FloatArray, HopBound
 from fxsplit.planning.bounds import Work as Seconds
 from fxsplit.schedules import Action, Times, Work, schedule
+from fxsplit.schedules.replicas import replica_for, single_workers
 from fxsplit.schedules.simulation import replayed
 
 
@@ -39,13 +40,13 @@ def step_bound(actions: Sequence[Action], seconds: Seconds) -> FloatArray:
         actions: of `actions_of`.
         seconds: of a micro-batch, arrays over the candidates.
     """
-    none = np.zeros(())
+    found = none = np.zeros(())
     free: dict[object, FloatArray] = defaultdict(lambda: none)
     ready: dict[tuple[int, int, bool], FloatArray] = defaultdict(lambda: none)  # stage, micro-batch, is forward
     workers, last = seconds.workers, len(seconds.workers) - 1
 
-    def send(sender: int, receiver: int, hop: HopBound | None, made: FloatArray) -> FloatArray:
-        here, there = workers[sender], workers[receiver]
+    def send(sender: int, receiver: int, m: int, hop: HopBound | None, made: FloatArray) -> FloatArray:
+        here, there = replica_for(workers[sender], m), replica_for(workers[receiver], m)
         if hop is None or here == there:
             return made
         encoded = _occupy(free, (here, "encode"), made, hop.encode)
@@ -53,7 +54,8 @@ def step_bound(actions: Sequence[Action], seconds: Seconds) -> FloatArray:
         return _occupy(free, (here, there, "decode"), sent + hop.latency, hop.decode)
 
     for action in actions:
-        stage, m, worker = action.stage, action.micro_batch, workers[action.stage]
+        stage, m = action.stage, action.micro_batch
+        worker = replica_for(workers[stage], m)
         begin = np.maximum(free[worker], ready[stage, m, action.is_forward])
         if action.is_forward:
             end = free[worker] = begin + seconds.forward[stage]
@@ -61,18 +63,19 @@ def step_bound(actions: Sequence[Action], seconds: Seconds) -> FloatArray:
             for target in range(stage + 1, last + 1):
                 hop = seconds.there.get((stage, target))
                 if hop is not None or target == stage + 1:
-                    came = send(stage, target, hop, end)
+                    came = send(stage, target, m, hop, end)
                     ready[target, m, True] = np.maximum(ready[target, m, True], came)
             continue
         share = 1.0 if action.work is Work.BACKWARD else 0.5
         end = free[worker] = begin + share * seconds.backward[stage]
+        if seconds.reduce:
+            found = np.maximum(found, end + seconds.reduce[stage])
         for source in range(stage) if action.sends_gradients else ():
             hop = seconds.back.get((source, stage))
             if hop is not None or source == stage - 1:
-                came = send(stage, source, hop, end)
+                came = send(stage, source, m, hop, end)
                 ready[source, m, False] = np.maximum(ready[source, m, False], came)
-    found = none
-    for worker in workers:
+    for worker in single_workers(workers):
         found = np.maximum(found, free[worker])
     return found
 

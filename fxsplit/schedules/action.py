@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
+from fxsplit.schedules.replicas import replica_for, single_workers
+
 
 class Work(StrEnum):
     """What is done with a micro-batch in a stage. A backward is whole, or in two parts."""
@@ -56,3 +58,18 @@ class Action:
 
 Orders: TypeAlias = Mapping[str, Sequence[Action]]
 """The actions of each worker, in its order."""
+
+
+def dealt(orders: Orders) -> dict[str, list[Action]]:
+    """The orders of stages' workers with those of replicated stages dealt to their replicas.
+
+    What can be done in the order of the stage's worker can be done in this one: each replica's is a part of it.
+
+    >>> {w: [str(a) for a in found] for w, found in dealt({"a+b": [Action(1, m) for m in range(3)]}).items()}
+    {'a': ['F1.0', 'F1.2'], 'b': ['F1.1']}
+    """
+    found: dict[str, list[Action]] = {worker: [] for worker in single_workers(orders)}
+    for worker, actions in orders.items():
+        for action in actions:
+            found[replica_for(worker, action.micro_batch)].append(action)
+    return found

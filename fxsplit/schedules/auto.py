@@ -11,6 +11,7 @@ from fxsplit.schedules.action import Action
 from fxsplit.schedules.base import Schedule
 from fxsplit.schedules.fixed import GPipe, Interleaved, OneForwardOneBackward, ZeroBubble
 from fxsplit.schedules.listing import backward_first, listed, longest_path_first
+from fxsplit.schedules.replicas import check_replicas, single_workers
 from fxsplit.schedules.simulation import Clock, replayed
 from fxsplit.schedules.times import Times
 
@@ -38,6 +39,7 @@ class Auto(Schedule):
         return self._best(workers, chunks, times)[1]
 
     def _best(self, workers: Sequence[str], chunks: int, times: Times) -> tuple[dict[str, list[Action]], Clock]:
+        check_replicas(workers, chunks)
         found: list[tuple[float, int, int, dict[str, list[Action]], Clock]] = []
         for orders, clock in _candidates(workers, chunks, times):
             found.append((clock.step_s, clock.most_bytes, len(found), orders, clock))
@@ -54,7 +56,7 @@ def _candidates(
     for is_split in (False, True):
         for priority in priorities:
             orders, clock = listed(workers, chunks, times, priority, is_split=is_split, most_s=most_s)
-            if not clock.is_late and len(set(workers)) > 2:
+            if not clock.is_late and len(single_workers(workers)) > 2:
                 # From several senders packets may come to a decoder in another order than they were listed in.
                 clock = replayed(orders, workers, times, chunks, most_s)
             yield orders, clock

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from fxsplit.errors import PlanError
 from fxsplit.schedules.action import Action
+from fxsplit.schedules.replicas import check_replicas, replica_counts, replicas_of, share_of
 from fxsplit.schedules.simulation import Clock, replayed
 from fxsplit.schedules.times import Times
 
@@ -46,20 +47,22 @@ class Schedule(ABC):
         clock = replayed(self.orders(workers, chunks, times), workers, times, chunks, most_s)
         return None if clock.is_late else clock
 
-    def live_limit(self, stage: int, stage_count: int, chunks: int) -> int:
-        """Micro-batches that a stage keeps activations of at one time, at most."""
-        return chunks
+    def live_limit(self, stage: int, workers: Sequence[str], chunks: int) -> int:
+        """Micro-batches that a stage, or each replica of it, keeps activations of at one time, at most."""
+        return share_of(chunks, len(replicas_of(workers[stage])))
 
-    def check_chunks(self, stage_count: int, chunks: int) -> None:
+    def check_chunks(self, workers: Sequence[str], chunks: int) -> None:
         """Refuses a batch of too few micro-batches for this schedule: a pipeline of them would never be full.
 
         Raises:
             PlanError: always then.
         """
-        if chunks < stage_count:
+        check_replicas(workers, chunks)
+        needed = sum(replica_counts(workers))
+        if chunks < needed:
             raise PlanError(
                 f"{self.name} has too few micro-batches to fill the pipeline",
                 found=f"chunks={chunks}",
-                allowed=f"at least {stage_count}, one for each stage",
+                allowed=f"at least {needed}, one for each stage{' and replica' * (needed > len(workers))}",
                 hint="more chunks, or schedule='gpipe' or 'auto', which take any number",
             )

@@ -7,9 +7,10 @@ from functools import lru_cache
 from typing import ClassVar
 
 from fxsplit.errors import PlanError
-from fxsplit.schedules.action import Action, Work
+from fxsplit.schedules.action import Action, Work, dealt
 from fxsplit.schedules.base import Schedule
 from fxsplit.schedules.listing import backward_first, list_schedule
+from fxsplit.schedules.replicas import check_replicas, replica_counts, replicas_of, share_of
 from fxsplit.schedules.times import Times
 
 
@@ -26,20 +27,22 @@ class GPipe(Schedule):
 
     def orders(self, workers: Sequence[str], chunks: int, times: Times) -> dict[str, list[Action]]:
         """Forwards by stage, then backwards by stage from the last one back."""
+        check_replicas(workers, chunks)
         orders: dict[str, list[Action]] = {worker: [] for worker in workers}
         for stage, worker in enumerate(workers):
             orders[worker] += [Action(stage, m) for m in range(chunks)]
         for stage, worker in reversed(list(enumerate(workers))):
             orders[worker] += [Action(stage, m, Work.BACKWARD) for m in range(chunks)]
-        return orders
+        return dealt(orders)
 
 
 class _Limited(Schedule):
     """The schedules that keep no more micro-batches than there are stages left to the end."""
 
-    def live_limit(self, stage: int, stage_count: int, chunks: int) -> int:
-        """As many as there are stages from this one on."""
-        return min(stage_count - stage, chunks)
+    def live_limit(self, stage: int, workers: Sequence[str], chunks: int) -> int:
+        """As many as there are stages from this one on; of replicas, all count, and share (PipeDream, 3.3)."""
+        own = len(replicas_of(workers[stage]))
+        return min(share_of(sum(replica_counts(workers[stage:])), own), share_of(chunks, own))
 
 
 class OneForwardOneBackward(_Limited):
@@ -62,17 +65,17 @@ class OneForwardOneBackward(_Limited):
                 allowed="another worker for each stage",
                 hint="schedule='interleaved', which is 1f1b for workers with several stages",
             )
-        self.check_chunks(len(workers), chunks)
+        self.check_chunks(workers, chunks)
         orders = {}
         for stage, worker in enumerate(workers):
-            ahead = self.live_limit(stage, len(workers), chunks)
+            ahead = min(self.live_limit(stage, workers, chunks) * len(replicas_of(worker)), chunks)
             order = [Action(stage, m) for m in range(ahead)]
             for m in range(chunks):
                 order.append(Action(stage, m, Work.BACKWARD))
                 if ahead + m < chunks:
                     order.append(Action(stage, ahead + m))
             orders[worker] = order
-        return orders
+        return dealt(orders)
 
 
 class Interleaved(_Limited):
@@ -87,7 +90,7 @@ class Interleaved(_Limited):
 
     def orders(self, workers: Sequence[str], chunks: int, times: Times) -> dict[str, list[Action]]:
         """1F1B's rule, in unit times."""
-        self.check_chunks(len(workers), chunks)
+        self.check_chunks(workers, chunks)
         return _one_forward_one_backward(self, tuple(workers), chunks, False)
 
 
@@ -102,7 +105,7 @@ class ZeroBubble(_Limited):
 
     def orders(self, workers: Sequence[str], chunks: int, times: Times) -> dict[str, list[Action]]:
         """1F1B's rule for forwards and input gradients; weight gradients when there is nothing else."""
-        self.check_chunks(len(workers), chunks)
+        self.check_chunks(workers, chunks)
         return _one_forward_one_backward(self, tuple(workers), chunks, True)
 
 
@@ -110,7 +113,7 @@ def _one_forward_one_backward(
     schedule: Schedule, workers: tuple[str, ...], chunks: int, is_split: bool
 ) -> dict[str, list[Action]]:
     """1F1B's rule for any placement: backward first, no more micro-batches than the schedule keeps."""
-    limits = tuple(schedule.live_limit(stage, len(workers), chunks) for stage in range(len(workers)))
+    limits = tuple(schedule.live_limit(stage, workers, chunks) for stage in range(len(workers)))
     orders = _in_unit_times(workers, chunks, limits, is_split)
     return {worker: list(actions) for worker, actions in orders.items()}
 

@@ -15,6 +15,7 @@ from math import inf
 from typing import Any
 
 from fxsplit.schedules.action import Action, Work
+from fxsplit.schedules.replicas import single_workers
 from fxsplit.schedules.simulation import Clock
 from fxsplit.schedules.times import Hop, Times
 
@@ -37,8 +38,8 @@ def list_schedule(
         chunks: micro-batches.
         times: what the work takes.
         priority: what comes first of what could begin at the same time.
-        live_limit: micro-batches that a stage may keep; all if None. With limits that do not grow from stage to
-            stage there is no deadlock: the oldest micro-batch can always go on.
+        live_limit: micro-batches that a stage, or each of its replicas, may keep; all if None. With limits that do
+            not grow from stage to stage there is no deadlock: the oldest micro-batch can always go on.
         is_split: whether backwards are done in two parts.
     """
     return listed(workers, chunks, times, priority, live_limit, is_split)[0]
@@ -59,7 +60,7 @@ def listed(
     queues = _queues(priority, count, chunks, kinds)
     limits = [chunks if live_limit is None else live_limit(stage) for stage in range(count)]
     next_of = dict.fromkeys(queues, 0)
-    orders: dict[str, list[Action]] = {worker: [] for worker in workers}
+    orders: dict[str, list[Action]] = {worker: [] for worker in single_workers(workers)}
     able: list[tuple[float, int, Action]] = []  # the times may be out of date: then they are too early
     offered: set[tuple[int, Work]] = set()
 
@@ -69,7 +70,7 @@ def listed(
             if head == chunks or (stage, work) in offered:
                 continue
             place, action = queues[stage, work][head]
-            is_full = work is Work.FORWARD and clock.live[stage] >= limits[stage]
+            is_full = work is Work.FORWARD and clock.live(action) >= limits[stage]
             if not is_full and clock.is_able(action):
                 offered.add((stage, work))
                 heapq.heappush(able, (clock.begin_s(action), place, action))
@@ -84,7 +85,7 @@ def listed(
         heapq.heappop(able)
         offered.discard((action.stage, action.work))
         next_of[action.stage, action.work] += 1
-        orders[clock.workers[action.stage]].append(action)
+        orders[clock.worker_of(action.stage, action.micro_batch)].append(action)
         for stage in clock.run(action):
             offer(stage)
     return orders, clock

@@ -10,10 +10,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, lcm
 
 from fxsplit.errors import PlanError
 from fxsplit.schedules.action import Action, Orders, Work
+from fxsplit.schedules.replicas import replica_for, replicas_of, single_workers
 from fxsplit.schedules.times import Hop, Times
 
 
@@ -41,7 +42,7 @@ class Timeline:
     Attributes:
         spans: all pieces of work, in the order of the simulation.
         step_s: seconds of the step.
-        live: micro-batches that each stage keeps activations of at one time, at most.
+        live: micro-batches that each stage, or a replica of it, keeps activations of at one time, at most.
         live_bytes: worker -> bytes of activations that it keeps at one time, at most.
     """
 
@@ -77,10 +78,11 @@ class Clock:
         self.times = times
         self.step_s = 0.0
         count = self._count = len(self.workers)
-        self.live, self.most_live = [0] * count, [0] * count
+        self.most_live = [0] * count
         self._names: dict[str, int] = {}
         self._free: list[float] = []
-        self._home = [self._resource(worker) for worker in self.workers]
+        self._homes = [[self._resource(name) for name in replicas_of(worker)] for worker in self.workers]
+        self._live = [[0] * len(homes) for homes in self._homes]
         self._held, self._most_held = [0] * len(self._free), [0] * len(self._free)
         self._seconds: dict[Work, list[float]] = {
             Work.FORWARD: [stage.forward_s for stage in times.stages],
@@ -90,8 +92,8 @@ class Clock:
         }
         self._sources, self._targets = times.neighbours
         ways = range(count)
-        self._out = [[(t, self._way(s, t, times.forward.get((s, t)))) for t in self._targets[s]] for s in ways]
-        self._back = [[(s, self._way(t, s, times.backward.get((s, t)))) for s in self._sources[t]] for t in ways]
+        self._out = [[(t, self._ways(s, t, times.forward.get((s, t)))) for t in self._targets[s]] for s in ways]
+        self._back = [[(s, self._ways(t, s, times.backward.get((s, t)))) for s in self._sources[t]] for t in ways]
         # Of forwards, gradients and weight gradients: when all that came so far was there, and how much came.
         self._ready: tuple[dict[int, float], ...] = ({}, {}, {})
         self._came: tuple[dict[int, int], ...] = ({}, {}, {})
@@ -102,15 +104,26 @@ class Clock:
         )
         self._log: list[tuple[int, Action, float, float]] = []
         self._spare = [most_s] * len(self._free)  # seconds that each worker may still be idle
-        for home, stage in zip(self._home, times.stages, strict=True):
+        for homes, stage in zip(self._homes, times.stages, strict=True):
             least_s = min(stage.backward_s, stage.input_s + stage.weight_s)
-            self._spare[home] -= chunks * (stage.forward_s + least_s)
+            for replica, home in enumerate(homes):
+                self._spare[home] -= len(range(replica, chunks, len(homes))) * (stage.forward_s + least_s)
         self.is_late = min(self._spare) <= 0.0
+
+    def worker_of(self, stage: int, micro_batch: int) -> str:
+        """Who does a micro-batch of a stage."""
+        return replica_for(self.workers[stage], micro_batch)
+
+    def live(self, action: Action) -> int:
+        """The micro-batches that whoever does an action keeps of its stage."""
+        live = self._live[action.stage]
+        return live[action.micro_batch % len(live)]
 
     def begin_s(self, action: Action) -> float:
         """When an action can begin; nothing of what it needs may be missing."""
+        homes = self._homes[action.stage]
         ready = self._ready[_GROUP[action.work]].get(action.micro_batch * self._count + action.stage, 0.0)
-        free = self._free[self._home[action.stage]]
+        free = self._free[homes[action.micro_batch % len(homes)]]
         return ready if ready > free else free
 
     def is_able(self, action: Action) -> bool:
@@ -137,7 +150,7 @@ class Clock:
         """Does an action of which nothing is missing, as soon as its worker is free; returns who got something."""
         stage, m, work = action.stage, action.micro_batch, action.work
         first = m * self._count
-        home = self._home[stage]
+        home = self._homes[stage][m % len(self._homes[stage])]
         begin = self.begin_s(action)
         end = begin + self._seconds[work][stage]
         if begin > self._free[home]:
@@ -147,31 +160,35 @@ class Clock:
         self._note(home, action, begin, end)
         touched = [stage]
         if work is Work.FORWARD:
-            self._keep(stage, 1)
+            self._keep(stage, m, 1)
             self._arrive(1, first + stage, end)
-            for target, way in self._out[stage]:
+            for target, ways in self._out[stage]:
+                way = ways[m % len(ways)]
                 self._arrive(0, first + target, end if way is None else self._send(action, way, end))
                 touched.append(target)
         elif work is not Work.WEIGHT:
             self._arrive(2, first + stage, end)
-            for source, way in self._back[stage]:
+            for source, ways in self._back[stage]:
+                way = ways[m % len(ways)]
                 self._arrive(1, first + source, end if way is None else self._send(action, way, end))
                 touched.append(source)
         if work is Work.BACKWARD or work is Work.WEIGHT:
-            self._keep(stage, -1)
+            self._keep(stage, m, -1)
+            # The replicas' gradients are summed when the last of them is done.
+            self.step_s = max(self.step_s, end + self.times.stages[stage].reduce_s)
         return touched
 
     def timeline(self) -> Timeline:
         """What was simulated so far."""
         names = list(self._names)
         spans = tuple(Span(names[resource], action, begin, end) for resource, action, begin, end in self._log)
-        held = {worker: self._most_held[self._names[worker]] for worker in self.workers}
+        held = {worker: self._most_held[self._names[worker]] for worker in single_workers(self.workers)}
         return Timeline(spans, self.step_s, tuple(self.most_live), held)
 
     @property
     def actions(self) -> tuple[Action, ...]:
         """The actions in the order in which they were run."""
-        homes = set(self._home)
+        homes = {home for homes in self._homes for home in homes}
         return tuple(action for resource, action, _, _ in self._log if resource in homes)
 
     @property
@@ -185,9 +202,14 @@ class Clock:
             self._free.append(0.0)
         return index
 
-    def _way(self, sender: int, receiver: int, hop: Hop | None) -> _Send | None:
-        """What a packet passes from one stage to another; None if it is there at once."""
-        here, there = self.workers[sender], self.workers[receiver]
+    def _ways(self, sender: int, receiver: int, hop: Hop | None) -> list[_Send | None]:
+        """What a packet passes from one stage to another, by its micro-batch modulo their number."""
+        ends = self.workers[sender], self.workers[receiver]
+        count = lcm(*(len(replicas_of(worker)) for worker in ends))
+        return [self._way(replica_for(ends[0], m), replica_for(ends[1], m), hop) for m in range(count)]
+
+    def _way(self, here: str, there: str, hop: Hop | None) -> _Send | None:
+        """What a packet passes from one worker to another; None if it is there at once."""
         if here == there or hop is None:
             return None
         names = (f"{here} encode", f"{here} -> {there}", f"{there} decode")
@@ -221,9 +243,10 @@ class Clock:
         if seconds > ready.get(key, 0.0):
             ready[key] = seconds
 
-    def _keep(self, stage: int, change: int) -> None:
-        live = self.live[stage] = self.live[stage] + change
-        home = self._home[stage]
+    def _keep(self, stage: int, micro_batch: int, change: int) -> None:
+        replica = micro_batch % len(self._homes[stage])
+        live = self._live[stage][replica] = self._live[stage][replica] + change
+        home = self._homes[stage][replica]
         held = self._held[home] = self._held[home] + change * self.times.stages[stage].live_bytes
         if change > 0:
             self.most_live[stage] = max(self.most_live[stage], live)
@@ -260,12 +283,13 @@ def replayed(orders: Orders, workers: Sequence[str], times: Times, chunks: int =
         if clock.is_late:
             return clock
         _, _, worker = heapq.heappop(able)
-        touched = clock.run(heads.pop(worker))
+        action = heads.pop(worker)
+        touched = clock.run(action)
         if (head := next(left[worker], None)) is not None:
             heads[worker] = head
             waiting.add(worker)
         for stage in touched:
-            other = clock.workers[stage]
+            other = clock.worker_of(stage, action.micro_batch)
             if other in waiting and clock.is_able(heads[other]):
                 waiting.discard(other)
                 heapq.heappush(able, (clock.begin_s(heads[other]), rank[other], other))
@@ -287,18 +311,21 @@ def check(orders: Orders, workers: Sequence[str], chunks: int, times: Times) -> 
     """
     for worker, actions in orders.items():
         for action in actions:
-            if not 0 <= action.stage < len(workers) or workers[action.stage] != worker:
+            is_stage = 0 <= action.stage < len(workers)
+            if not is_stage or replica_for(workers[action.stage], action.micro_batch) != worker:
                 raise PlanError("a worker was given an action of another's stage", where=worker, found=str(action))
-    for stage, worker in enumerate(workers):
+    teams = [replicas_of(worker) for worker in workers]
+    for stage, replica, worker in [(s, r, name) for s, team in enumerate(teams) for r, name in enumerate(team)]:
         own = [action for action in orders.get(worker, ()) if action.stage == stage]
         done: dict[Work, list[int]] = {work: [a.micro_batch for a in own if a.work is work] for work in Work}
-        everything = list(range(chunks))
+        count = len(teams[stage])
+        everything = list(range(replica, chunks, count))
         back = done[Work.BACKWARD] or done[Work.INPUT]
         if done[Work.FORWARD] != everything or back != everything or done[Work.WEIGHT] != done[Work.INPUT]:
             raise PlanError(
                 "the schedule does not do each micro-batch of a stage once, in their order",
                 where=f"stage {stage} on {worker}",
                 found=" ".join(map(str, own)),
-                allowed=f"F and B, or F, I and W, of micro-batches 0 to {chunks - 1}",
+                allowed=f"F and B, or F, I and W, of micro-batches {replica} to {chunks - 1}, every {count}.",
             )
     return simulate(orders, workers, times)

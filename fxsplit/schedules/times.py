@@ -17,6 +17,7 @@ class StageTimes:
         weight_s: seconds of the other part.
         live_bytes: what is kept from the forward to the end of the backward.
         backward_s: seconds of a backward in one piece; those of both parts if not given.
+        reduce_s: seconds of the all-reduce of its gradients, once a step, if it is replicated.
     """
 
     forward_s: float
@@ -24,6 +25,7 @@ class StageTimes:
     weight_s: float
     live_bytes: int = 1
     backward_s: float = -1.0
+    reduce_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.backward_s < 0:

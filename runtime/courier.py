@@ -152,7 +152,7 @@ class Courier:
             device: where it is decoded.
             is_plain: whether decoding is nothing but to bring it there.
         """
-        value: Future[Any] = Future()
+        value = self._endpoint.mailbox.arrival()
         self._expected[key] = value
 
         def arrived(slot: Future[Packet]) -> None:

@@ -18,7 +18,7 @@ from fxsplit.runtime.courier import Courier, SendError, is_small
 from fxsplit.runtime.graphs import Lease
 from fxsplit.runtime.holding import Holding
 from fxsplit.runtime.loss import Loss
-from fxsplit.runtime.packet import GradientTap, Key, Packet, pack, unpack
+from fxsplit.runtime.packet import GradientTap, Key, Packet, marked, pack, unpack
 from fxsplit.runtime.randomness import seeded, set_states, state_key, states
 from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.run_state import RunState, Saved
@@ -90,6 +90,7 @@ class Executor:
         self._number, self._run, self._surroundings, self._report = number, run, surroundings, report
         self._loss = loss
         self._outputs: list[tuple[Key, Packet]] = []
+        self._here: dict[Key, Packet] = {}
         self._last = max((action.micro_batch for action in actions), default=0)
         self._split = {(action.stage, action.micro_batch) for action in actions if action.work is Work.INPUT}
         # Where the model's outputs go: to the caller, or to the worker that makes the loss.
@@ -147,9 +148,9 @@ class Executor:
 
     def _expect(self, edge: Edge, action: Action, backward: bool) -> None:
         key = self._key(edge, action, backward)
-        if self._courier.is_expected(key):
+        if self._courier.is_expected(key) or self._stays(edge):
             return
-        device = self._holding.devices[min(action.stage, len(self._holding.workers) - 1)]
+        device = self._device(action)
         has_memory = backward or self._surroundings.grad
         memory = self._memory("receive", edge, action.micro_batch, backward) if has_memory else None
 
@@ -161,6 +162,9 @@ class Executor:
 
     def _take(self, edge: Edge, action: Action, backward: bool) -> tuple[Any, bool]:
         """A value and whether its maker waits for a gradient."""
+        if self._stays(edge):
+            packet = self._here.pop(self._key(edge, action, backward))
+            return unpack(packet, edge, backward, self._device(action)), packet.requires_grad
         self._expect(edge, action, backward)
         with self._report.timing("wait", self.action or action):
             value: tuple[Any, bool] = self._courier.take(self._key(edge, action, backward), self._check)
@@ -174,7 +178,9 @@ class Executor:
             value = own_copy(value)  # the memory may be that of a parameter's gradient, too
         has_memory = backward or self._surroundings.grad
         memory = self._memory("send", edge, action.micro_batch, backward) if has_memory else None
-        if to == self._endpoint.name:
+        if self._stays(edge):
+            self._here[key] = marked(pack(value, edge, key))
+        elif to == self._endpoint.name:
             with torch.no_grad():
                 self._endpoint.mailbox.deliver(key, pack(value, edge, key, memory))
         else:
@@ -196,6 +202,16 @@ class Executor:
 
     def _worker_of(self, stage: int, micro_batch: int) -> str:
         return CLIENT_NAME if stage == CLIENT else replica_for(self._ends[stage], micro_batch)
+
+    def _stays(self, edge: Edge) -> bool:
+        """Whether a value goes from stage to stage, or to the loss, on this worker: no packet is needed then."""
+        to_caller = edge.target == len(self._holding.workers) and self._loss is None
+        ends = edge.source, edge.target
+        return CLIENT not in ends and not to_caller and all(self._ends[s] == self._endpoint.name for s in ends)
+
+    def _device(self, action: Action) -> torch.device:
+        """Where an action takes its values; for the loss, that of the last stage."""
+        return self._holding.devices[min(action.stage, len(self._holding.workers) - 1)]
 
     def _ports(self, action: Action) -> Any:
         return self._holding.stages[action.stage].ports(self._run.mode)

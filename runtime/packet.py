@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from fxsplit.compressors import Lossless
 from fxsplit.compressors.base import Memory
 from fxsplit.compressors.nodes import decode, encode
 from fxsplit.errors import CompressorError, PlanError
-from fxsplit.runtime.streams import Marks, brought
+from fxsplit.runtime.streams import Marks, brought, mark, to_host
 from fxsplit.spec import TensorSpec
 from fxsplit.stage import Edge
 
@@ -112,6 +112,42 @@ def pack(value: Any, edge: Edge, key: Key, memory: Memory | None = None) -> Pack
         return Packet(encode(codec, tensor, memory), spec, value.requires_grad)
     except CompressorError as error:
         raise error.at(f"the {key}, edge {edge.value}, stage {edge.source} to {edge.target}") from error
+
+
+def ready_to_send(
+    key: Key, packet: Packet, direct: torch.device | None, origin: tuple[str, int] | None = None
+) -> Packet:
+    """A packet whose tensors own just their elements, with its checksum.
+
+    Args:
+        key: what it is.
+        packet: to be sent to another process.
+        direct: the CUDA device from which tensors go directly; others go by way of the CPU.
+        origin: the sender, and the packet's number.
+    """
+    compact = replace(packet, payload=tuple(_compact(tensor, direct) for tensor in packet.payload), origin=origin)
+    return replace(compact, checksum=checksum_of(key, compact))
+
+
+def _compact(tensor: Tensor, direct: torch.device | None) -> Tensor:
+    """A tensor that owns just its elements: RPC would send the whole storage of a slice.
+
+    Args:
+        tensor: to be sent.
+        direct: the CUDA device from which tensors go directly; others go by way of the CPU.
+    """
+    tensor = tensor.detach()
+    if tensor.is_cuda and tensor.device != direct:
+        return to_host(tensor)
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        return tensor.clone(memory_format=torch.preserve_format)
+    return tensor
+
+
+def marked(packet: Packet) -> Packet:
+    """The packet, with marks behind what is queued now on the current streams of its payload's devices."""
+    marks = mark(packet.payload)
+    return replace(packet, marks=marks) if marks else packet
 
 
 def _refuse_gradients_in(value: Any, key: Key) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 from torch._C._distributed_c10d import FileStore, Store
 from torch._C._distributed_rpc import TensorPipeAgent, WorkerInfo
 from torch.distributed import autograd as dist_autograd
@@ -30,10 +29,10 @@ from fxsplit.runtime import device_maps
 from fxsplit.runtime.arrivals import Departures
 from fxsplit.runtime.gate import Gate
 from fxsplit.runtime.handshake import interface_of
+from fxsplit.runtime.lanes import IS_SUPPORTED, Lanes
 from fxsplit.runtime.launch import WorkerProcess, WorkerSettings
-from fxsplit.runtime.packet import Key, Packet, checksum_of
+from fxsplit.runtime.packet import Key, Packet, checksum_of, ready_to_send
 from fxsplit.runtime.pulse import Heartbeats
-from fxsplit.runtime.streams import to_host
 from fxsplit.runtime.transport import CLIENT_NAME, LOOPBACK, CommandHandler, Endpoint, LostWorker, Mailbox
 
 START_TIMEOUT_S = 60.0
@@ -99,7 +98,8 @@ class RpcEndpoint:
 
     def __init__(self, name: str, session: str, handler: CommandHandler) -> None:
         self.name = name
-        self.mailbox = Mailbox()
+        self._lanes = Lanes(name, _deliver)
+        self.mailbox = Mailbox(self._lanes.fetch if IS_SUPPORTED else None)
         self.handler = handler
         self.interface = LOOPBACK
         self._session = session
@@ -114,6 +114,7 @@ class RpcEndpoint:
         world_size: int,
         interface: str = LOOPBACK,
         gpus: Mapping[str, int] | None = None,
+        folder: str | None = None,
     ) -> None:
         """Becomes a member of the RPC group, listening on one interface; returns when all are there.
 
@@ -123,6 +124,7 @@ class RpcEndpoint:
             world_size: members of the group.
             interface: of the network.
             gpus: of the workers, as the client knows them; see `device_maps.sole_gpus`.
+            folder: where they meet if all are processes of this host; private to this user.
         """
         global _endpoint
         _endpoint, self.interface = self, interface
@@ -146,23 +148,30 @@ class RpcEndpoint:
             address = self._address(self.name)
             agent = TensorPipeAgent(store, address, rank, world_size, options, reverse, devices)
             rpc.api._init_rpc_states(agent)
+        folder = folder if IS_SUPPORTED else None
+        if folder is not None:
+            self._lanes.listen(folder, rank, world_size)
         for word in ("member", "ready to go"):  # twice: the client's store ends with this call
             store.set(f"{word}/{rank}", "1")
             if word == "member" or rank == 0:
                 store.wait([f"{word}/{other}" for other in range(world_size)])
             if word == "member":
                 _greet([info.name for info in agent.get_worker_infos() if info.name != self._address(self.name)])
+                if folder is not None:
+                    self._lanes.connect(folder, rank, world_size, START_TIMEOUT_S)
 
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Hands the packet to TensorPipe, which sends it in the background."""
         return self.send_all(to, [(key, packet)])
 
     def send_all(self, to: str, packets: Sequence[tuple[Key, Packet]]) -> Future[None]:
-        """Hands packets to TensorPipe as one message."""
+        """Hands packets to TensorPipe as one message, or to a process of this host if they are small."""
         direct = self._direct.get(to)
-        ready = [
-            (key, _ready_to_send(key, packet, direct, self._departures.origin(to))) for key, packet in packets
-        ]
+        ready = [(key, ready_to_send(key, packet, direct, self._departures.origin(to))) for key, packet in packets]
+        if self._lanes.send(to, ready):
+            sent: Future[None] = Future()
+            sent.set_result(None)
+            return sent
         return self._invoke(to, _deliver, ready)
 
     def call(self, to: str, command: str, *arguments: Any) -> Future[Any]:
@@ -172,6 +181,7 @@ class RpcEndpoint:
     def close(self) -> None:
         """Leaves the group at once; a graceful shutdown would wait for peers that may be dead."""
         global _endpoint
+        self._lanes.close()
         if _endpoint is self:
             _endpoint = None
             with _without_agent_warnings():
@@ -201,26 +211,6 @@ def _resolve(to: str, done: torch.futures.Future[Any], result: Future[Any]) -> N
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         result.set_exception(WorkerError(f"worker {to} did not answer", where=to, found=first_line))
-
-
-def _ready_to_send(key: Key, packet: Packet, direct: torch.device | None, origin: tuple[str, int]) -> Packet:
-    compact = replace(packet, payload=tuple(_compact(tensor, direct) for tensor in packet.payload), origin=origin)
-    return replace(compact, checksum=checksum_of(key, compact))
-
-
-def _compact(tensor: Tensor, direct: torch.device | None) -> Tensor:
-    """A tensor that owns just its elements: RPC would send the whole storage of a slice.
-
-    Args:
-        tensor: to be sent.
-        direct: the CUDA device from which tensors go directly; others go by way of the CPU.
-    """
-    tensor = tensor.detach()
-    if tensor.is_cuda and tensor.device != direct:
-        return to_host(tensor)
-    if tensor.untyped_storage().nbytes() != tensor.nbytes:
-        return tensor.clone(memory_format=torch.preserve_format)
-    return tensor
 
 
 @contextmanager
@@ -318,7 +308,7 @@ class Rpc:
                 with self._heartbeats.line_to(name) as (pulse, page):
                     self._processes.append(WorkerProcess(replace(settings, pulse=pulse, page=page)))
             self._await_ready(store)
-            endpoint.join(store, 0, len(workers) + 1, gpus=self.gpus)
+            endpoint.join(store, 0, len(workers) + 1, gpus=self.gpus, folder=folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -64,7 +64,15 @@ class Serving:
         self._endpoint = RpcEndpoint(name, session, self._handle)
         self._worker = Worker(self._endpoint, pulse=pulse)
 
-    def run(self, store: Store, rank: int, world_size: int, interface: str, watch: Callable[[], None]) -> NoReturn:
+    def run(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        interface: str,
+        watch: Callable[[], None],
+        folder: str | None = None,
+    ) -> NoReturn:
         """Becomes a member of the group and serves for ever.
 
         Args:
@@ -73,9 +81,10 @@ class Serving:
             world_size: their number.
             interface: on which it listens.
             watch: called when all are there.
+            folder: where they meet if all are processes of this host.
         """
         try:
-            self._endpoint.join(store, rank, world_size, interface)
+            self._endpoint.join(store, rank, world_size, interface, folder=folder)
         except RuntimeError as error:
             first_line = str(error).partition("\n")[0]
             raise WorkerError("the client ended before all workers were there", found=first_line) from error

@@ -7,14 +7,13 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fxsplit.errors import PipelineError
 from fxsplit.runtime.arrivals import Arrivals
-from fxsplit.runtime.packet import Key, Packet
+from fxsplit.runtime.packet import Key, Packet, marked
 from fxsplit.runtime.place import Place
-from fxsplit.runtime.streams import mark
 
 CommandHandler = Callable[[str, tuple[Any, ...]], "Future[Any]"]
 
@@ -41,6 +40,36 @@ class LostWorker:
     place: Place | None = None
 
 
+Fetch = Callable[["Future[Any]", "float | None"], None]
+
+
+class Arrival(Future[Any]):
+    """A future that the thread which waits for it may bring about itself.
+
+    Args:
+        fetch: does what is to be done, until the future is done or a number of seconds is over; None: nothing is.
+    """
+
+    def __init__(self, fetch: Fetch | None = None) -> None:
+        super().__init__()
+        self._fetch = fetch
+
+    def result(self, timeout: float | None = None) -> Any:
+        """See `Future.result`."""
+        return super().result(self._fetched(timeout))
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """See `Future.exception`."""
+        return super().exception(self._fetched(timeout))
+
+    def _fetched(self, timeout: float | None) -> float | None:
+        """Fetches; returns the time that is left to wait."""
+        if self._fetch is None or self.done():
+            return timeout
+        self._fetch(self, timeout)
+        return 0.0
+
+
 class Mailbox:
     """Packets that have arrived or are waited for, by key. Safe to use from several threads.
 
@@ -48,12 +77,16 @@ class Mailbox:
     whose number has come before, whatever key it has, or that thousands of others have overtaken. Up to that the
     order in which packets come does not matter, since each is taken by its key, as the schedule has it.
 
+    Args:
+        fetch: of an `Arrival`: takes packets that have come and were not delivered.
+
     Attributes:
         refused: packets that were not taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fetch: Fetch | None = None) -> None:
         self.refused = 0
+        self._fetch = fetch
         self._lock = threading.Lock()
         self._slots: dict[Key, Future[Packet]] = {}
         self._taken: dict[int, set[Key]] = {}
@@ -61,10 +94,14 @@ class Mailbox:
         self._over: dict[int, None] = {}
         self._arrivals: defaultdict[str, Arrivals] = defaultdict(Arrivals)
 
+    def arrival(self) -> Future[Any]:
+        """A future of something that is made of packets."""
+        return Arrival(self._fetch)
+
     def receive(self, key: Key) -> Future[Packet]:
         """The packet, now or when it comes."""
         with self._lock:
-            slot = self._slots.setdefault(key, Future())
+            slot = self._slots.setdefault(key, Arrival(self._fetch))
             if key.run in self._aborted and not slot.done():
                 slot.set_exception(PipelineError(self._aborted[key.run]))
             return slot
@@ -74,26 +111,26 @@ class Mailbox:
 
         Whoever takes it can tell when what is queued on the current streams by now is done.
         """
-        marks = mark(packet.payload)
+        packet = marked(packet)
         with self._lock:
             if packet.origin is not None and not self._arrivals[packet.origin[0]].take(packet.origin[1]):
                 self.refused += 1
                 return
             if key.run in self._aborted:
                 return  # it was under way when the run was given up
-            slot = self._slots.setdefault(key, Future())
+            slot = self._slots.setdefault(key, Arrival(self._fetch))
             if key.run in self._over or slot.done() or key in self._taken.get(key.run, ()):
                 self.refused += 1
                 if not slot.done():
                     del self._slots[key]
                 return
-        slot.set_result(replace(packet, marks=marks) if marks else packet)
+        slot.set_result(packet)
 
     def refuse(self, key: Key, reason: str) -> None:
         """What came is not what was sent: whoever waits for it gets an error."""
         with self._lock:
             self.refused += 1
-            slot = self._slots.setdefault(key, Future())
+            slot = self._slots.setdefault(key, Arrival(self._fetch))
         if not slot.done():
             slot.set_exception(PipelineError(reason))
 

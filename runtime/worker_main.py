@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
@@ -29,4 +30,5 @@ def main(line: str) -> None:
     store = FileStore(settings.store, settings.world_size)
     serving = Serving(settings.name, settings.session, Pulse.of_descriptors(settings.pulse, settings.page))
     store.set(f"ready/{settings.name}", "1")
-    serving.run(store, settings.rank, settings.world_size, LOOPBACK, partial(die_with_parent, settings.parent_pid))
+    watch = partial(die_with_parent, settings.parent_pid)
+    serving.run(store, settings.rank, settings.world_size, LOOPBACK, watch, os.path.dirname(settings.store))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,12 +28,14 @@ from fxsplit.planning.profile import Profile
 from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.runtime.built import Built
 from fxsplit.runtime.checkpointing import parse_policies
+from fxsplit.runtime.compiled import check_alone, check_compilers
 from fxsplit.runtime.deferred_batch_norm import check_batch_norms
 from fxsplit.runtime.device_maps import sole_gpus
 from fxsplit.runtime.durable import EngineOptions
 from fxsplit.runtime.group import TIMEOUT_S
 from fxsplit.runtime.pipeline import Pipeline
 from fxsplit.runtime.rpc import Rpc
+from fxsplit.runtime.stage_options import StageOptions
 from fxsplit.runtime.torchrun import LISTEN
 from fxsplit.runtime.transports import listening
 from fxsplit.runtime.transports import transport as find_transport
@@ -66,6 +68,7 @@ def compile(
     deferred_batch_norm: bool = False,
     checkpoint: str | Sequence[str] = "never",
     cuda_graphs: bool = False,
+    compile_stages: bool = False,
     listen: str | None = None,
     token: str | None = None,
     timeout_s: float = TIMEOUT_S,
@@ -112,6 +115,9 @@ def compile(
         cuda_graphs: stages on GPUs are replayed as CUDA graphs, one launch for a forward or backward of a
             micro-batch, with the same numbers. Each micro-batch that is kept at a time has memory of its own. A
             stage that cannot be recorded is run as it is, and a warning says why.
+        compile_stages: stages are compiled by `torch.compile`, at the first micro-batch of each shape, which may
+            take a minute. Random numbers are the same, and sums may be rounded in another order. Needs a C++
+            compiler for stages on the CPU, and Triton for those on a GPU. Not together with `cuda_graphs`.
         listen: "HOST:PORT" at which the named workers join from other machines, by `fxsplit worker --join`; see
             docs/security.md. "torchrun": rank 0 is the client, and on every other rank this call is
             `fxsplit.serve()`. Not given: all workers are processes of this host.
@@ -148,11 +154,9 @@ def compile(
         name = "chunks" if chunks == AUTO else "placement"
         raise PlanError(f"{name}='auto' looks at the batch", found="no example_inputs", hint="give example_inputs")
     check_names(model, cuts or ())
-    if not timeout_s > 0:
-        raise PipelineError("not a time-out", where="timeout_s", found=repr(timeout_s), allowed="seconds, above 0")
     policies = parse_policies(checkpoint, len(placements))
-    if deferred_batch_norm:
-        check_batch_norms(model)
+    how = StageOptions(deferred_batch_norm, policies, cuda_graphs, compile_stages)
+    _check_running(how, model, [p for p in placements if listen is None or not p.is_named], timeout_s)
     chosen = find_transport(transport) if listen is None else listening(listen, token, placements, transport)
     if isinstance(chosen, Rpc):
         chosen.gpus = sole_gpus(placements)
@@ -165,8 +169,8 @@ def compile(
     count = built.plan.chunks if built is not None else int(chunks)
     if built is not None and len(built.plan.devices) != len(placements):
         placements = parse_devices(built.plan.devices)
-        policies = parse_policies(checkpoint, len(placements))
-    engine = EngineOptions(deferred_batch_norm, policies, cuda_graphs, timeout_s, snapshots, listen != LISTEN)
+        how = replace(how, checkpoint=parse_policies(checkpoint, len(placements)))
+    engine = EngineOptions(how, timeout_s, snapshots, listen != LISTEN)
     return Pipeline(model, placements, count, chosen, builder, built, has_learned, engine)
 
 
@@ -245,6 +249,17 @@ def _on_model(model: nn.Module, example: Arguments, client: str) -> Arguments:
     tensors = [leaf for leaf in pytree.tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor)]
     on_client = all(tensor.device.type == torch.device(client).type for tensor in tensors)
     return example.to(home) if home is not None and on_client else example
+
+
+def _check_running(options: StageOptions, model: nn.Module, here: Iterable[Placement], timeout_s: float) -> None:
+    """Refuses what this model, or the devices of this host, cannot do, and what is no time-out."""
+    if not timeout_s > 0:
+        raise PipelineError("not a time-out", where="timeout_s", found=repr(timeout_s), allowed="seconds, above 0")
+    if options.compile_stages:
+        check_alone(options.cuda_graphs)
+        check_compilers([torch.device(placement.device) for placement in here], "this host")
+    if options.deferred_batch_norm:
+        check_batch_norms(model)
 
 
 def _check_shared_devices(placements: Sequence[Placement], transport: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,13 @@ class StageGraph:
     draws_random_numbers: bool = False
 
 
+_Forward: TypeAlias = Callable[..., tuple[Any, ...]]
+
+
+def _as_it_is(forward: _Forward) -> _Forward:
+    return forward
+
+
 class StageModule(nn.Module):
     """One stage as an ordinary module: it holds the model's own submodules and parameters, under their own names.
 
@@ -137,7 +144,8 @@ class StageModule(nn.Module):
         self.__dict__.update({k: v for k, v in tree.__dict__.items() if k not in ("training",)})
         self._fxsplit_graphs = dict(graphs)
         self._fxsplit_traced_device = traced_device
-        self._fxsplit_forwards: dict[Mode, Callable[..., tuple[Any, ...]]] = {}
+        self._fxsplit_forwards: dict[Mode, _Forward] = {}
+        self._fxsplit_transform: Callable[[_Forward], _Forward] = _as_it_is
 
     def ports(self, mode: Mode) -> StageGraph:
         """Edges and graph of a mode."""
@@ -155,14 +163,19 @@ class StageModule(nn.Module):
     def run(self, mode: Mode, *inputs: Any) -> tuple[Any, ...]:
         """The values that leave the stage in a mode."""
         if mode not in self._fxsplit_forwards:
-            self._fxsplit_forwards[mode] = self._compile(self._fxsplit_graphs[mode])
+            self._fxsplit_forwards[mode] = self._fxsplit_transform(self._build(self._fxsplit_graphs[mode]))
         with transforms_closed():
             return self._fxsplit_forwards[mode](self, *inputs)
 
-    def _compile(self, stage_graph: StageGraph) -> Callable[..., tuple[Any, ...]]:
+    def transform_forwards(self, transform: Callable[[_Forward], _Forward]) -> None:
+        """Has each mode's forward, a function of this module and the inputs, replaced before it first runs."""
+        self._fxsplit_transform = transform
+        self._fxsplit_forwards.clear()
+
+    def _build(self, stage_graph: StageGraph) -> _Forward:
         module = GraphModule(nn.Module(), Graph(), class_name="Stage")
         module.graph = stage_graph.graph.build(self._device_map())
-        forward: Callable[..., tuple[Any, ...]] = type(module).forward
+        forward: _Forward = type(module).forward
         return forward
 
     def _device_map(self) -> dict[torch.device, torch.device]:
@@ -171,4 +184,4 @@ class StageModule(nn.Module):
         return {self._fxsplit_traced_device: home}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fxsplit_forwards": {}}
+        return {**self.__dict__, "_fxsplit_forwards": {}, "_fxsplit_transform": _as_it_is}

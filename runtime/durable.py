@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fxsplit.runtime.metrics import Metrics
 from fxsplit.runtime.randomness import process_states, set_process_states
 from fxsplit.runtime.run import Run
 from fxsplit.runtime.snapshotter import Saver, Snapshotter, Training
+from fxsplit.runtime.stage_options import StageOptions
 from fxsplit.runtime.transport import Transport
 from fxsplit.snapshots import Snapshots
 from fxsplit.snapshots.checkpoint import Checkpoint
@@ -53,13 +54,11 @@ class DurableEngine(Engine):
         self,
         transport: Transport,
         snapshots: Snapshots,
-        deferred_batch_norm: bool = False,
-        checkpoint: Sequence[str] = (),
-        cuda_graphs: bool = False,
+        stage_options: StageOptions,
         timeout_s: float = TIMEOUT_S,
         recovers: bool = True,
     ) -> None:
-        super().__init__(transport, deferred_batch_norm, checkpoint, cuda_graphs, timeout_s)
+        super().__init__(transport, stage_options, timeout_s)
         self.training: Callable[[], Training]
         self.is_between_batches: Callable[[], bool] = lambda: False
         self.recoveries = 0
@@ -317,24 +316,19 @@ class EngineOptions:
     """What a pipeline asks of its engine; see `fxsplit.compile`.
 
     Attributes:
-        deferred_batch_norm: running statistics are those of whole batches.
-        checkpoint: the policy of every stage.
-        cuda_graphs: whether stages are recorded and replayed.
+        stages: how stages are run.
         timeout_s: how long a worker may be silent.
         snapshots: what is asked of them, if anything is.
         recovers: whether lost workers are started again.
     """
 
-    deferred_batch_norm: bool = False
-    checkpoint: Sequence[str] = ()
-    cuda_graphs: bool = False
+    stages: StageOptions = field(default_factory=StageOptions)
     timeout_s: float = TIMEOUT_S
     snapshots: Snapshots | None = None
     recovers: bool = True
 
     def engine(self, transport: Transport) -> Engine:
         """An engine over a transport."""
-        options = self.deferred_batch_norm, self.checkpoint, self.cuda_graphs, self.timeout_s
         if self.snapshots is None:
-            return Engine(transport, *options)
-        return DurableEngine(transport, self.snapshots, *options, self.recovers)
+            return Engine(transport, self.stages, self.timeout_s)
+        return DurableEngine(transport, self.snapshots, self.stages, self.timeout_s, self.recovers)

@@ -30,6 +30,7 @@ from fxsplit.runtime.report import LinkTraffic, RunReport
 from fxsplit.runtime.run import Run
 from fxsplit.runtime.scheduler import Scheduler
 from fxsplit.runtime.settings import TorchSettings
+from fxsplit.runtime.stage_options import StageOptions
 from fxsplit.runtime.streams import brought
 from fxsplit.runtime.transport import CLIENT_NAME, Transport, wait
 from fxsplit.schedules import Action, GPipe, Orders
@@ -48,16 +49,12 @@ class Engine(Group):
     def __init__(
         self,
         transport: Transport,
-        deferred_batch_norm: bool = False,
-        checkpoint: Sequence[str] = (),
-        cuda_graphs: bool = False,
+        stage_options: StageOptions = StageOptions(),  # noqa: B008  # frozen
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         super().__init__(transport, timeout_s)
         self.metrics = Metrics()
-        self._deferred_batch_norm = deferred_batch_norm
-        self._checkpoint = tuple(checkpoint)
-        self._cuda_graphs = cuda_graphs
+        self._stage_options = stage_options
         self._noted: set[str] = set()
         self.committed = 0  # steps of optimizers
         self._next_run = 1
@@ -79,7 +76,7 @@ class Engine(Group):
             devices = stages_of(plan, worker)
             held = {stage: split.stages[stage] for stage in devices}
             arguments = (*shipping.dump(held), devices, plan.workers, canonical, guarded, TorchSettings.current())
-            options = self._deferred_batch_norm, self._checkpoint, self._cuda_graphs, fingerprints(held)
+            options = self._stage_options, fingerprints(held)
             futures[worker] = self.start_command(worker, "load", *arguments, *options)
         self.gather(futures)
         self.check_replicas()

@@ -345,8 +345,9 @@ class Executor:
         with self._report.timing(action.work, action), looking:
             outputs = [saved.values[name] for name in gradients]
             if action.work is Work.INPUT:
-                # What is computed again would be so for each part.
-                anchors = [] if self._is_checkpointed(action) else [tap.anchor for tap in saved.taps.values()]
+                # What is computed again would be so for each part; a compiled backward is one operation.
+                is_whole = self._is_checkpointed(action) or self._holding.are_compiled
+                anchors = [] if is_whole else [tap.anchor for tap in saved.taps.values()]
                 saved.weights = SplitBackward(outputs, list(gradients.values()), anchors)
                 saved.values, saved.held = {}, []
             elif gradients:

@@ -27,6 +27,7 @@ class Holding:
         checkpoint: the policy of every stage; empty: "never".
         graphs: recordings of the stages, if there are to be any.
         ledger: counts the bytes that are kept, if that was asked for.
+        are_compiled: whether torch.compile compiles the stages.
     """
 
     stages: Mapping[int, StageModule] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class Holding:
     checkpoint: tuple[str, ...] = ()
     graphs: StageGraphs | None = None
     ledger: Ledger | None = None
+    are_compiled: bool = False
 
     @cached_property
     def buffer_memory(self) -> frozenset[int]:

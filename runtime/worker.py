@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxsplit.compressors.decaying_linear import Shrink
 from fxsplit.runtime import fingerprint, shipping
+from fxsplit.runtime.compiled import check_compilers, compile_stages
 from fxsplit.runtime.courier import Courier
 from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
 from fxsplit.runtime.executor import Executor
@@ -32,6 +33,7 @@ from fxsplit.runtime.replication import Replication, digest_of
 from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.run_state import RunState
 from fxsplit.runtime.settings import TorchSettings
+from fxsplit.runtime.stage_options import StageOptions
 from fxsplit.runtime.streams import Pace, mark
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint
 from fxsplit.runtime.undo import Undo
@@ -109,9 +111,7 @@ class Worker:
         canonical: Mapping[str, str],
         guarded: Set[Mode],
         settings: TorchSettings,
-        deferred_batch_norm: bool,
-        checkpoint: Sequence[str],
-        cuda_graphs: bool,
+        options: StageOptions,
         prints: Mapping[str, str],
     ) -> None:
         """Takes the stages over.
@@ -124,9 +124,7 @@ class Worker:
             canonical: name of a tied parameter -> its first name in the model.
             guarded: the modes in which some stage may refuse a batch.
             settings: the client's precision and determinism.
-            deferred_batch_norm: running statistics are those of whole batches.
-            checkpoint: the policy of every stage; none if they are "never" checkpointed.
-            cuda_graphs: stages on GPUs are replayed as CUDA graphs.
+            options: how they are run.
             prints: the client's fingerprints of the stages.
         """
         settings.apply()
@@ -137,15 +135,22 @@ class Worker:
             module.to(placed[number])
         self._give_up_replication()
         self._replication = Replication.of(self._endpoint, workers, stages)
-        collects = deferred_batch_norm or self._replication is not None
-        batch_norms = DeferredBatchNorm(stages.values() if collects else (), by_batch=deferred_batch_norm)
+        deferred = options.deferred_batch_norm
+        collects = deferred or self._replication is not None
+        batch_norms = DeferredBatchNorm(stages.values() if collects else (), by_batch=deferred)
+        if options.compile_stages:
+            check_compilers(placed.values(), f"worker {self._endpoint.name}")
+            compile_stages(stages, batch_norms.layers)
+        checkpoint = tuple(options.checkpoint)
         graphs = None
-        if cuda_graphs:
+        if options.cuda_graphs:
             policies = {stage: checkpoint[stage] if checkpoint else "never" for stage in stages}
             reasons = {n: refusal(module, policies[n], batch_norms.layers) for n, module in stages.items()}
             refused = {stage: reason for stage, reason in reasons.items() if reason is not None}
             graphs = StageGraphs(stages, placed, refused, self._may_record)
-        self._holding = Holding(stages, placed, tuple(workers), batch_norms, tuple(checkpoint), graphs)
+        self._holding = Holding(
+            stages, placed, tuple(workers), batch_norms, checkpoint, graphs, are_compiled=options.compile_stages
+        )
         self._guarded = guarded
         self._pace = Pace(placed.values())
         self._memories.clear()

@@ -118,6 +118,14 @@ def test_a_cpu_client_through_a_codec(codec: str, transport: str) -> None:
     assert_same(run(devices, "mobilenet", True, **options), run(devices, "mobilenet", False, **options))
 
 
+@pytest.mark.parametrize("kind", ["mobilenet", "roberta"])
+def test_compiled_stages(kind: str) -> None:
+    """Within what torch.compile itself leaves: sums in another order."""
+    assert_same(
+        run(["cuda:0"] * 2, kind, False, compile_stages=True), run(["cuda:0"] * 2, kind, False), exact=False
+    )
+
+
 @pytest.mark.parametrize("policy", ["always", "except_last"])
 def test_checkpointed_stages_are_said_to_run_as_they_are(policy: str, replays: list[int]) -> None:
     with pytest.warns(UserWarning, match="not replayed as a CUDA graph: its activations are computed again"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,11 @@ def ends(tmp_path: Path) -> Iterator[tuple[Lanes, Lanes, Mailbox]]:
     boxes = [Mailbox(), Mailbox()]
 
     def end(name: str, number: int) -> Lanes:
-        return Lanes(
-            name, lambda packets: [boxes[number].deliver(key, packet) for key, packet in packets] and None
-        )
+        def deliver(packets: Sequence[tuple[Key, Packet]]) -> None:
+            for key, packet in packets:
+                boxes[number].deliver(key, packet)
+
+        return Lanes(name, deliver)
 
     one, other = end("one", 0), end("other", 1)
     boxes[1] = Mailbox(other.fetch)

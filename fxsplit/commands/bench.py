@@ -60,6 +60,9 @@ def bench(
     neighbours: Annotated[
         int, typer.Option("--neighbours", min=0, help="Plans next to it that are run, too; none with --listen.")
     ] = 2,
+    compile_stages: Annotated[
+        bool, typer.Option("--compile-stages", metavar=" ", help="Compile the stages by torch.compile.")
+    ] = False,
     bandwidth: options.BandwidthOption = None,
     latency: options.LatencyOption = None,
     profile: options.ProfileOption = None,
@@ -97,7 +100,8 @@ def bench(
         rows = []
         for what, plan in plans.items():
             with console.status(f"compiling {what}"):
-                pipe = compile(module, plan.devices, plan=plan, example_inputs=example, listen=listen)
+                how: dict[str, Any] = {"listen": listen, "compile_stages": compile_stages}
+                pipe = compile(module, plan.devices, plan=plan, example_inputs=example, **how)
             with pipe:
                 rows.append((what, plan, _run(pipe, example, steps, console, is_shown=plan is found)))
                 if plan is found:

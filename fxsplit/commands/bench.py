@@ -37,6 +37,14 @@ from fxsplit.trace import trace as trace_model
 
 WARM_UP = 2
 
+_SavedPlan = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="Run this one, in place of --devices, --cuts and the like."),
+]
+_CompileStages = Annotated[
+    bool, typer.Option("--compile-stages", metavar=" ", help="Compile the stages by torch.compile.")
+]
+
 
 def bench(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As for `fxsplit analyze`.")],
@@ -53,16 +61,11 @@ def bench(
     listen: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Wait there for named workers to join.")
     ] = None,
-    saved: Annotated[
-        Path | None,
-        typer.Option("--plan", metavar="FILE", help="Run this one, in place of --devices, --cuts and the like."),
-    ] = None,
+    saved: _SavedPlan = None,
     neighbours: Annotated[
         int, typer.Option("--neighbours", min=0, help="Plans next to it that are run, too; none with --listen.")
     ] = 2,
-    compile_stages: Annotated[
-        bool, typer.Option("--compile-stages", metavar=" ", help="Compile the stages by torch.compile.")
-    ] = False,
+    compile_stages: _CompileStages = False,
     bandwidth: options.BandwidthOption = None,
     latency: options.LatencyOption = None,
     profile: options.ProfileOption = None,

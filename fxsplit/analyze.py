@@ -22,6 +22,7 @@ from fxsplit.trace import Arguments, CallLayout, ExampleInputs, TracedModel, run
 from fxsplit.trace.activations import is_activation
 from fxsplit.trace.call import batch_size
 from fxsplit.trace.effects import is_repeatable, layout_inputs, operations
+from fxsplit.trace.ordering import order_of_effects
 from fxsplit.trace.traced import mode_name, output_of
 from fxsplit.trace.verify import undisturbed
 
@@ -65,6 +66,7 @@ def analyze(traced: TracedModel, example_inputs: ExampleInputs, *, count_batch_n
     nodes = [n for n in module.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     index = {node: i for i, node in enumerate(nodes)}
     parameter_bytes, trainable_bytes = _parameter_bytes(module, nodes)
+    behind = order_of_effects(module)
     points = {name: index[node] for name, node in _cut_nodes(traced).items() if node in index}
     return CostTable(
         model=type(traced.model).__name__,
@@ -84,6 +86,7 @@ def analyze(traced: TracedModel, example_inputs: ExampleInputs, *, count_batch_n
                 pricer.prices[n].backward_macs,
                 pricer.prices[n].saved_bytes,
                 trainable_bytes[n],
+                tuple(other.name for other in behind.get(n, ())),
             )
             for n in nodes
         ),

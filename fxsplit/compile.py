@@ -23,7 +23,7 @@ from fxsplit.planning import Budget, Placement, Plan, check_available, parse_dev
 from fxsplit.planning import plan as make_plan
 from fxsplit.planning.devices import single_placements
 from fxsplit.planning.guard import Guard
-from fxsplit.planning.planner import GIVEN, check_chunks
+from fxsplit.planning.planner import BRANCHES, GIVEN, check_chunks
 from fxsplit.planning.profile import Profile
 from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.runtime.built import Built
@@ -44,6 +44,7 @@ from fxsplit.schedules import schedule as find_schedule
 from fxsplit.snapshots import Snapshots
 from fxsplit.trace import ExampleInputs, TracedModel, check_module, check_names, trace
 from fxsplit.trace.call import Arguments
+from fxsplit.trace.ordering import reordered
 from fxsplit.verify_split import check_buffers, check_replicas, verify_split
 
 
@@ -150,9 +151,9 @@ def compile(
     if chunks != AUTO:
         check_chunks(chunks)
         find_schedule(schedule).orders([p.worker for p in placements], int(chunks), Times.unit(len(placements)))
-    if example_inputs is None and AUTO in (chunks, placement):
-        name = "chunks" if chunks == AUTO else "placement"
-        raise PlanError(f"{name}='auto' looks at the batch", found="no example_inputs", hint="give example_inputs")
+    if example_inputs is None and (chunks == AUTO or placement in (AUTO, BRANCHES)):
+        name = "chunks='auto'" if chunks == AUTO else f"placement={placement!r}"
+        raise PlanError(f"{name} looks at the batch", found="no example_inputs", hint="give example_inputs")
     check_names(model, cuts or ())
     policies = parse_policies(checkpoint, len(placements))
     how = StageOptions(deferred_batch_norm, policies, cuda_graphs, compile_stages)
@@ -205,7 +206,10 @@ class _Builder:
             traced, made = self._first(example)
         else:
             made = first
-            traced = trace(self.model, example, cuts=first.cut_names, verify=self.verify, exact=exact)
+            if made.moved:  # by names of nodes, which depend on what was opened
+                traced = _in_order(trace_for_planning(self.model, example, verify=self.verify), made)
+            else:
+                traced = trace(self.model, example, cuts=first.cut_names, verify=self.verify, exact=exact)
         if self.verify:  # without compressors: these change the numbers, and are meant to
             verify_split(rewrite(traced, made, is_plain=True), len(made.parts), example, exact=exact)
         if self.deferred and any(graph.front_end == "export" for graph in traced.graphs.values()):
@@ -222,7 +226,7 @@ class _Builder:
 
     def _first(self, example: Arguments) -> tuple[TracedModel, Plan]:
         cuts = self.options["cuts"]
-        if cuts is None:
+        if cuts is None or (self.plan is not None and self.plan.moved):
             traced = trace_for_planning(self.model, example, verify=self.verify)
         else:
             traced = trace(self.model, example, cuts=cuts, verify=self.verify)
@@ -231,9 +235,10 @@ class _Builder:
         costs = analyze(traced, example)
         devices = tuple(placement.spelling for placement in self.placements)
         if self.plan is None:
-            return traced, make_plan(costs, devices, **{**self.options, "profile": self._profile(costs)})
+            made = make_plan(costs, devices, **{**self.options, "profile": self._profile(costs)})
+            return _in_order(traced, made), made
         _check_plan(self.plan, costs, devices)
-        return traced, self.plan
+        return _in_order(traced, self.plan), self.plan
 
     def _profile(self, costs: CostTable) -> Profile:
         """The one that was given, or what was measured of the model on this host before."""
@@ -241,6 +246,11 @@ class _Builder:
         singles = single_placements(self.placements)
         is_here = [p.spelling for p in singles if self.is_local or not p.is_named]
         return Profile.kept(costs, is_here) if given is None else given
+
+
+def _in_order(traced: TracedModel, plan: Plan) -> TracedModel:
+    """The model in the order of the plan."""
+    return reordered(traced, plan.cut_names[0], plan.moved) if plan.moved else traced
 
 
 def _on_model(model: nn.Module, example: Arguments, client: str) -> Arguments:

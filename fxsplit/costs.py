@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from fxsplit.errors import PlanError
 from fxsplit.spec import TensorSpec
 
 
@@ -27,6 +28,8 @@ class NodeCost:
         saved_bytes: what it is the first to keep from its forward for a backward, parameters left out; the bytes
             that it returns if not given.
         trainable_bytes: the part of `parameter_bytes` that has gradients; all of it if not given.
+        behind: names of earlier nodes that it must stay behind though it does not use their values (random
+            numbers, changes in place, the order of sums).
     """
 
     name: str
@@ -41,6 +44,7 @@ class NodeCost:
     backward_macs: int = -1
     saved_bytes: int = -1
     trainable_bytes: int = -1
+    behind: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         defaults = {
@@ -135,6 +139,38 @@ class CostTable:
 
     def __len__(self) -> int:
         return len(self.nodes)
+
+    def reordered(self, cut: str, moved: Sequence[str]) -> CostTable:
+        """The costs with nodes run before a cut that the model's own order has behind it.
+
+        Args:
+            cut: name of the module at whose first node the cut is.
+            moved: names of the nodes.
+
+        Raises:
+            PlanError: there are no such nodes.
+        """
+        if not moved:
+            return self
+        early = set(moved)
+        if cut not in self.cut_points or not early <= self._by_name.keys():
+            raise PlanError("the plan runs nodes earlier that are not in the model", found=", ".join(moved))
+        start = self.cut_points[cut]
+        names = [node.name for node in self.nodes]
+        order = [i for i, n in enumerate(names) if i < start or n in early]
+        order += [i for i, n in enumerate(names) if i >= start and n not in early]
+        place = {old: new for new, old in enumerate(order)} | {-1: -1, len(names): len(names)}
+        values = [
+            replace(v, producer=place[v.producer], consumers=tuple(sorted(place[c] for c in v.consumers)))
+            for v in self.values
+        ]
+        points = sorted(((place[i], name.count("."), name) for name, i in self.cut_points.items()))
+        return replace(
+            self,
+            nodes=tuple(self.nodes[i] for i in order),
+            values=tuple(sorted(values, key=lambda v: v.producer)),
+            cut_points={name: i for i, _, name in points},
+        )
 
     @property
     def forward_macs(self) -> int:

@@ -76,6 +76,8 @@ def page(costs: CostTable, plan: Plan, budget: Budget | None = None, profile: Pr
         budget: that it was made under.
         profile: that it was predicted with.
     """
+    if plan.moved:
+        costs = costs.reordered(plan.cut_names[0], plan.moved)
     rows = list(_trade_off(costs, plan, budget or Budget(), profile))
     sections = [
         ("What the model costs, and where it is cut", draw(costs, plan)),

@@ -6,7 +6,6 @@ if __name__ != "fxsplit.passes":
 from dataclasses import replace
 
 import torch
-from torch.fx import Graph, GraphModule, Node
 
 from fxsplit.compressors.inserted import InsertedModules
 from fxsplit.errors import PlanError
@@ -16,7 +15,8 @@ from fxsplit.passes.insert_codecs import InsertCodecs
 from fxsplit.passes.recompute_values import RecomputeValues
 from fxsplit.planning import Plan
 from fxsplit.planning.stages import Codecs
-from fxsplit.trace.traced import TracedGraph, TracedModel, constants_of, make_graph_module, mode_name
+from fxsplit.trace.ordering import copied
+from fxsplit.trace.traced import TracedGraph, TracedModel, mode_name
 
 __all__ = ["PASSES", "AssignStages", "InsertCodecs", "Pass", "RecomputeValues", "rewrite"]
 
@@ -48,7 +48,7 @@ def rewrite(
         if id(graph) not in done:
             device = next((p.device for p in traced.model.parameters()), torch.device("cpu"))
             passes = passes_of(plan, graph, mode_name(training), device, inserted, is_plain=is_plain)
-            module = _copy(traced, graph.module)
+            module = copied(traced, graph.module)
             for each in passes:
                 each(module)
             done[id(graph)] = replace(graph, module=module)
@@ -87,13 +87,3 @@ def passes_of(
             device,
         ),
     )
-
-
-def _copy(traced: TracedModel, module: GraphModule) -> GraphModule:
-    """The same graph over the same parameters, to be changed."""
-    copy, made = Graph(), dict[Node, Node]()
-    for node in module.graph.nodes:
-        made[node] = copy.node_copy(node, lambda n: made[n])
-        made[node].meta = dict(node.meta)
-        made[node].name = node.name
-    return make_graph_module(traced.model, copy, constants_of(module, module.graph), type(traced.model).__name__)

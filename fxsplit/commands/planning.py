@@ -67,7 +67,8 @@ PlacementOption = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="given: every device gets a part; auto: devices may be left out, and inputs sent as they are.",
+        help="given: every device gets a part; auto: devices may be left out, and inputs sent as they are; "
+        "branches: as auto, and of two devices each may get any branches of the model.",
         rich_help_panel=_PANEL,
     ),
 ]

@@ -11,6 +11,10 @@ for it. The least sum is a minimum cut (Stone, Multiprocessor scheduling with th
     maker -> v          seconds to send v, and its gradient back; of an input, from begin
     v -> user           infinite: a user on the server needs v there
     user -> maker       infinite: nothing goes forward from the server to the client
+    n -> n it is behind infinite: random numbers, changes in place and sums keep their order
+
+The client's nodes, run first, are a prefix of another order of the same graph, so that such a division runs as a
+cut of the model in that order (`fxsplit.trace.ordering`).
 """
 
 from __future__ import annotations
@@ -50,6 +54,14 @@ class Bipartition:
     server: tuple[str, ...]
     step_s: float
     is_run: bool
+
+    def moved(self, costs: CostTable) -> tuple[str, ...]:
+        """The client's nodes that the model's own order has behind the server's first one."""
+        if not self.server:
+            return ()
+        names, here = [node.name for node in costs.nodes], set(self.client)
+        first = next(place for place, name in enumerate(names) if name not in here)
+        return tuple(name for name in names[first:] if name in here)
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,9 @@ def _least_cut(division: Division, *, with_gradients: bool) -> _Side:
     for index in range(len(costs)):
         graph.add_edge("begin", index, capacity=_picoseconds(division.node_s(index, 1)))
         graph.add_edge(index, "end", capacity=_picoseconds(division.node_s(index, 0)))
+    places = {node.name: place for place, node in enumerate(costs.nodes)}
+    for place, node in enumerate(costs.nodes):
+        graph.add_edges_from((place, places[name]) for name in node.behind)
     for value in costs.values:
         used = [node for node in value.consumers if node < len(costs)]
         if not used:
@@ -166,10 +181,10 @@ def _least_cut(division: Division, *, with_gradients: bool) -> _Side:
             graph.add_edge(maker, value.name, capacity=_picoseconds(there_s + back_s))
         else:
             graph.add_edge(maker, value.name)
-        for node in used:
-            graph.add_edge(value.name, node)
+        for user in used:
+            graph.add_edge(value.name, user)
             if value.producer >= 0:
-                graph.add_edge(node, value.producer)
+                graph.add_edge(user, value.producer)
     _, (client, _) = nx.minimum_cut(graph, "begin", "end")
     return frozenset(node for node in client if isinstance(node, int))
 

@@ -33,6 +33,8 @@ def explain_plan(costs: CostTable, found: Plan, devices: Sequence[str], options:
         options: of `fxsplit.plan`, by which it was made.
     """
     budget, profile = options.get("budget") or Budget(), options.get("profile")
+    if found.moved:
+        costs = costs.reordered(found.cut_names[0], found.moved)
     beside = neighbours(costs, found, budget=budget, profile=profile) if _is_training(options) else ()
     freed = {
         line: make_plan(costs, devices, **{**options, "budget": replace(budget, **{line: None})})
@@ -40,7 +42,8 @@ def explain_plan(costs: CostTable, found: Plan, devices: Sequence[str], options:
         if getattr(budget, line) is not None
     }
     made = explanation(found, beside, freed)
-    line = _branches(costs, found, devices, budget, profile) if _is_training(options) else ""
+    is_free = _is_training(options) and not found.moved
+    line = _branches(costs, found, devices, budget, profile) if is_free else ""
     return replace(made, footer="\n".join(filter(None, (made.footer, line))))
 
 
@@ -62,7 +65,7 @@ def _branches(
     if best.is_run:
         return ""
     step = format_seconds(best.step_s)
-    return f"with its branches on either side, which no stages have, one micro-batch would take {step}"
+    return f"with its branches on either side (placement 'branches'), one micro-batch would take {step}"
 
 
 def _is_training(options: Mapping[str, Any]) -> bool:

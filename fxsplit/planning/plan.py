@@ -85,6 +85,7 @@ class Plan:
         hops: predicted times of what the stages send each other for one micro-batch.
         optimizer: the kind of optimizer whose state is in the stages' memory.
         alternatives: one device alone, the raw input, no compression: what they were predicted to take.
+        moved: nodes that are run before the only cut, though the model's own order has them behind it.
 
     Raises:
         PlanError: the fields contradict each other.
@@ -110,6 +111,7 @@ class Plan:
     hops: tuple[PlannedHop, ...] = ()
     optimizer: str = "sgd"
     alternatives: tuple[Alternative, ...] = ()
+    moved: tuple[str, ...] = ()
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -140,6 +142,8 @@ class Plan:
                 refuse(f"plan.parts[{index}]", found, f"{expected}, as the devices say")
         if len(self.recomputed) != stages:
             refuse("plan.recomputed", f"{len(self.recomputed)} entries", f"{stages}, one a stage")
+        if self.moved and stages != 2:
+            refuse("plan.moved", f"{len(self.moved)} nodes", "none, but with one cut")
         if self.chunks < 1:
             refuse("plan.chunks", self.chunks, "1 or more")
         for index, hop in enumerate(self.hops):
@@ -313,7 +317,8 @@ class Plan:
         bound = f"at most {self.gap:.0%} above the best" if isfinite(self.gap) else "no bound known"
         found = "optimal" if self.is_optimal else bound
         step = f"predicted step {format_seconds(self.predicted_step_s)} ({found})"
-        lines = (step, self._by_edge(), self._compared(), self.note)
+        moved = f"run before the cut: {', '.join(self.moved)}" if self.moved else ""
+        lines = (step, moved, self._by_edge(), self._compared(), self.note)
         return Report(title, _COLUMNS, tuple(rows), "\n".join(filter(None, lines)))
 
     def _by_edge(self) -> str:
@@ -375,4 +380,5 @@ _READERS: Mapping[str, Reader[Any]] = {
     "hops": list_of(read_hop),
     "optimizer": text,
     "alternatives": list_of(read_alternative),
+    "moved": list_of(text),
 }

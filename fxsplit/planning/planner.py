@@ -11,12 +11,13 @@ from fxsplit.compressors.registry import Asked, spelling_of
 from fxsplit.costs import CostTable
 from fxsplit.errors import BudgetError, PlanError, nearest
 from fxsplit.planning.alternatives import alternatives
+from fxsplit.planning.branches import MOST_NODES, Division, best_bipartition
 from fxsplit.planning.budget import Budget
 from fxsplit.planning.devices import Placement, parse_devices
-from fxsplit.planning.draft import Draft
+from fxsplit.planning.draft import Draft, outermost
 from fxsplit.planning.forecast import PlannedLink, hops_of
 from fxsplit.planning.guard import Guard
-from fxsplit.planning.limits import check_budget
+from fxsplit.planning.limits import check_budget, violations
 from fxsplit.planning.links import Links
 from fxsplit.planning.long_search import LongSearch
 from fxsplit.planning.parts import Cut, edges_across
@@ -24,7 +25,7 @@ from fxsplit.planning.plan import SCHEDULES, Plan
 from fxsplit.planning.predict import OBJECTIVES, Objective, link_bytes
 from fxsplit.planning.problem import Problem
 from fxsplit.planning.profile import MACS_PER_S, Profile
-from fxsplit.planning.search import EXACT_CELLS, Choice, Search
+from fxsplit.planning.search import EXACT_CELLS, SAME, Choice, Search
 from fxsplit.planning.stages import AUTO, Codecs
 from fxsplit.planning.units import format_bytes, format_macs, format_seconds
 from fxsplit.schedules.replicas import replicas_of
@@ -35,8 +36,8 @@ CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 OPTIMIZERS: Mapping[str, int] = {"sgd": 0, "momentum": 1, "adam": 2}
 """Kinds of optimizers -> tensors that they keep for each parameter."""
 
-GIVEN = "given"
-"""Every device of the list gets a stage."""
+GIVEN, BRANCHES = "given", "branches"
+"""Placements: every device of the list gets a stage; of two, each may get any branches of the model."""
 
 
 def plan(
@@ -71,7 +72,9 @@ def plan(
         schedule: name of the pipeline schedule.
         budget: limits of the plan, and assumptions about the links.
         placement: 'given', every device of the list gets a stage; or 'auto', all but the client's may be left out,
-            and the client may send the model's inputs as they are and compute nothing.
+            and the client may send the model's inputs as they are and compute nothing; or 'branches', for two
+            devices: as 'auto', and the model's branches may go to either side (a minimum cut, exact for one
+            micro-batch without a budget), where that is faster than any cut of its own order.
         objective: what is minimised: 'step', seconds of a training step; 'latency', of an inference batch;
             'throughput', of an inference batch in a steady stream of them; 'price', the price of a training step.
         price: device as written -> price of an hour, for the objective 'price'.
@@ -98,6 +101,10 @@ def plan(
     budget.check_names(devices, list(dict.fromkeys(ends)), costs.cut_points)
     names = None if cuts is None else _ordered(costs, cuts, len(placements))
     there, back = _codecs(compressor, gradient_compressor, len(placements) - 1, guard or Guard())
+    is_pair = len(placements) == 2 and not placements[1].is_client and len(placements[1].replicas) == 1
+    if placement == BRANCHES and not (is_pair and names is None):
+        found = f"{len(cuts)} cuts" if cuts is not None else ", ".join(devices)
+        raise PlanError("branches are divided between two workers", found=found, allowed="two, and no cuts given")
     problem = Problem(
         costs,
         placements,
@@ -109,7 +116,7 @@ def plan(
         schedule,
         _objective(objective, price, devices),
         Profile() if profile is None else profile,
-        placement == AUTO and cuts is None,
+        placement in (AUTO, BRANCHES) and cuts is None,
         None if names is None else tuple(costs.cut_points[name] for name in names),
         OPTIMIZERS[optimizer],
     )
@@ -120,7 +127,33 @@ def plan(
         free = replace(problem, given=None)
         bound = Search(free).least_bound() if free.is_small(EXACT_CELLS) else 0.0
         choice = Choice(choice.draft, min(bound, choice.draft.value), False)
+    if placement == BRANCHES and problem.objective.is_training:
+        return _with_branches(problem, choice, optimizer)
     return _built(problem, choice, names, optimizer)
+
+
+def _with_branches(problem: Problem, choice: Choice, optimizer: str) -> Plan:
+    """The plan of a choice, or of the minimum cut between two devices, if that is faster and keeps the budget."""
+    costs, one_by_one = problem.costs, problem.chunks == (1,)
+    if len(costs) > MOST_NODES:
+        return _built(problem, choice, None, optimizer)
+    client, server = problem.placements
+    parts = Division(costs, (client, server), problem.links, problem.profile, problem.there[0], problem.back[0])
+    best = best_bipartition(parts)
+    moved = best.moved(costs)
+    position = next((i for i, node in enumerate(costs.nodes) if node.name not in set(best.client)), len(costs))
+    if moved and position in costs.cut_points.values():
+        cut = outermost(costs, position)
+        other = replace(problem, costs=costs.reordered(cut, moved), given=(len(best.client),), leaves_out=False)
+        found = Search(other).run()
+        is_kept = not violations(found.draft, other.costs, other.budget)
+        if is_kept and found.draft.value < choice.draft.value:
+            value, bound = found.draft.value, min(choice.bound, best.step_s if one_by_one else 0.0)
+            is_best = problem.objective.name == "step" and one_by_one and value <= best.step_s * (1.0 + SAME)
+            made = _built(other, Choice(found.draft, bound, is_best), None, optimizer)
+            return replace(made, moved=moved)
+    is_best = choice.is_optimal and one_by_one and best.step_s >= choice.draft.value * (1.0 - SAME)
+    return _built(problem, replace(choice, is_optimal=is_best), None, optimizer)
 
 
 def check_choices(schedule: str, placement: str, objective: str, optimizer: str = "adam") -> None:
@@ -129,7 +162,7 @@ def check_choices(schedule: str, placement: str, objective: str, optimizer: str 
     Raises:
         PlanError: always then, with those there are.
     """
-    known = (("schedule", schedule, SCHEDULES), ("placement", placement, (GIVEN, AUTO)))
+    known = (("schedule", schedule, SCHEDULES), ("placement", placement, (GIVEN, AUTO, BRANCHES)))
     for what, found, allowed in (
         *known,
         ("objective", objective, OBJECTIVES),

@@ -59,6 +59,11 @@ def changed_buffers(node: Node) -> tuple[str, ...]:
     return tuple(node.meta.get("changed_buffers", ()))
 
 
+def changed_values(node: Node) -> tuple[str, ...]:
+    """The nodes whose values' memory the node changed in place while it was recorded."""
+    return tuple(node.meta.get("changed_values", ()))
+
+
 def layout_name(name: str) -> str:
     """The name of the value that stands for the layout of another one."""
     return f"{name}_layout"
@@ -71,6 +76,7 @@ def merge_effects(graph: Graph, other: Graph) -> None:
         draws = [*node.meta.get("draws_random_numbers", ()), *twin.meta.get("draws_random_numbers", ())]
         node.meta["draws_random_numbers"] = tuple(draws)
         node.meta["changed_buffers"] = tuple(dict.fromkeys((*changed_buffers(node), *changed_buffers(twin))))
+        node.meta["changed_values"] = tuple(dict.fromkeys((*changed_values(node), *changed_values(twin))))
 
 
 class Effects:
@@ -106,11 +112,14 @@ class Effects:
         changed = [
             t for t, before in zip(tensors, versions, strict=True) if before is None or _version(t) != before
         ]
+        owners: dict[str, None] = {}
         for tensor in changed:
             for node in self._nodes_by_memory[_memory(tensor)]:
                 node.meta["is_repeatable"] = False
+                owners[node.name] = None
         draws = any(not torch.equal(a, b) for a, b in zip(states, generator_states(self._devices), strict=True))
         self._last = {"is_repeatable": not (changed or draws)}
+        self._last["changed_values"] = tuple(owners)
         self._last["draws_random_numbers"] = (self._model.training,) if draws else ()
         self._last["operations"] = max(self._operations, 1)
 

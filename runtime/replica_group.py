@@ -98,6 +98,7 @@ class ReplicaGroup:
         self._peers = tuple(name for name in self.names if name != endpoint.name)
         self._worker = worker
         self._group: Any = None
+        self._store: PacketStore | None = None  # torch's own reference does not keep a store of Python's alive
         self._is_on_gpus = False
 
     def sum(self, tensor: Tensor, run: int, check: Check) -> None:
@@ -153,7 +154,8 @@ class ReplicaGroup:
 
     def _formed(self, run: int, device: torch.device, check: Check) -> Any:
         """A process group; every replica makes it at the same place of the same run."""
-        store = PacketStore(self._endpoint, self._peers, run, f"the replicas {self._worker}", check)
+        about = f"the replicas {self._worker}"
+        self._store = store = PacketStore(self._endpoint, self._peers, run, about, check)
         store.set(f"device/{self.rank}", _unique_name(device))
         devices = [store.get(f"device/{rank}").decode() for rank in range(len(self.names))]
         # NCCL takes no two members on one GPU.

@@ -1,0 +1,74 @@
+"""On GPUs: replicas of a stage, their gradients summed by NCCL between two GPUs and by gloo on one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fxsplit
+from fxsplit.errors import WorkerError
+from tests.comparison import MOBILENET, TRANSPORTS
+from tests.models import images, mobilenet
+from tests.test_replicated_pipelines import LABELS, Chooses
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+PAIRS = ["a/cuda:0+b/cuda:0", pytest.param("a/cuda:0+b/cuda:1", marks=two_gpus)]
+
+
+@pytest.fixture(autouse=True)
+def repeatable(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same algorithms each time: some of CUDA's sum in any order."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    yield
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("replicas", PAIRS)
+def test_training_is_that_of_one_gpu(replicas: str, transport: str) -> None:
+    """A sum of two is the same in either order; afterwards the replicas have the same bits."""
+    options: dict[str, Any] = {"cuts": MOBILENET[2], "chunks": 2, "transport": transport, "verify": False}
+    found = []
+    for devices in (["cpu", "a/cuda:0"], ["cpu", replicas]):
+        with fxsplit.compile(mobilenet(), devices, **options) as pipe:
+            optimizer = pipe.optimizer(torch.optim.SGD, lr=1e-3)
+            losses = []
+            for _ in range(3):
+                optimizer.zero_grad()
+                losses.append(pipe.step(images(8), target=LABELS[:8], loss_fn=F.cross_entropy).loss)
+                optimizer.step()
+            pipe._engine.check_replicas()
+            found.append((losses, pipe.gradients()))
+    for ours, one in zip(found[1][0], found[0][0], strict=True):
+        torch.testing.assert_close(ours, one)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("replicas", PAIRS)
+def test_a_failure_on_one_gpu_gives_the_step_up_on_both(replicas: str) -> None:
+    """The group that one of them waits in is dropped, and the next step makes another."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity(), Chooses(), torch.nn.Linear(4, 3))
+    x = torch.ones(4, 4)
+    bad = x.clone()
+    bad[3] = 1000.0
+    with fxsplit.compile(model, ["cpu", replicas], cuts=["2"], chunks=2, verify=False) as pipe:
+        pipe.step(x, target=LABELS[:4] % 3, loss_fn=F.cross_entropy)
+        before = pipe.gradients()
+        with pytest.raises(WorkerError, match="too large"):
+            pipe.step(bad, target=LABELS[:4] % 3, loss_fn=F.cross_entropy)
+        for name, gradient in pipe.gradients().items():
+            assert torch.equal(gradient, before[name]), name
+        pipe.step(x, target=LABELS[:4] % 3, loss_fn=F.cross_entropy)
+        pipe._engine.check_replicas()

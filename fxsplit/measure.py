@@ -30,7 +30,9 @@ from fxsplit.trace.transforms import transforms_closed
 COMPRESSORS = ("uniform8", "fastquant8", "sortquant8")
 """What is measured if nothing else is asked for: what `compressor="auto"` chooses from, and the plainest."""
 
-_WARM_UP = 1
+_WARM_UP = {"cpu": 1, "cuda": 3}
+"""Runs that do not count, by type of device: on a GPU, kernels are loaded and chosen in the first ones."""
+
 _CODEC_SHAPES = ((4, 32, 112, 112), (1, 32, 14, 14))
 
 
@@ -128,7 +130,7 @@ def _seconds_of_nodes(
     """Seconds of each node, forward and backward, scaled to what the whole takes."""
     rows: list[list[tuple[float, float]]] = []
     whole: list[tuple[float, float]] = []
-    for number in range(-_WARM_UP, repeats):
+    for number in range(-_warm_up(device), repeats):
         timed, total = _NodeTimes(module, device), _whole(module, inputs, device)
         timed.run(*inputs)
         if number >= 0:
@@ -149,7 +151,7 @@ def _shares_of_parts(
 ) -> tuple[float, float]:
     """Of the nodes whose inputs need gradients, both parts of a backward in two as shares of one in one piece."""
     whole, first, second = list[float](), list[float](), list[float]()
-    for number in range(-_WARM_UP, repeats):
+    for number in range(-_warm_up(device), repeats):
         timed = _NodeTimes(module, device, in_parts=True)
         timed.run(*inputs)
         if number >= 0:
@@ -178,16 +180,13 @@ def _fitted(node: Node, seconds: dict[int, tuple[float, float]]) -> MeasuredNode
 
 def _whole(module: GraphModule, inputs: Sequence[Tensor], device: str) -> tuple[float, float]:
     """Seconds of the whole graph, forward and backward."""
-    _synchronize(device)
-    start = time.perf_counter()
-    output = module(*inputs)
-    _synchronize(device)
-    middle = time.perf_counter()
-    found = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    if found:
-        torch.autograd.backward(found, [torch.ones_like(leaf) for leaf in found])
-    _synchronize(device)
-    return middle - start, time.perf_counter() - middle
+    outputs: list[Any] = []
+    forward_s = timed(lambda: outputs.append(module(*inputs)), device)
+    found = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not found:
+        return forward_s, 0.0
+    gradients = [torch.ones_like(leaf) for leaf in found]
+    return forward_s, timed(lambda: torch.autograd.backward(found, gradients), device)
 
 
 class _NodeTimes(Interpreter):
@@ -225,7 +224,7 @@ class _NodeTimes(Interpreter):
         backward_s = 0.0
         if found:
             gradients = [torch.ones_like(leaf) for leaf in found]
-            backward_s = self._timed(lambda: torch.autograd.backward(found, gradients))
+            backward_s = timed(lambda: torch.autograd.backward(found, gradients), self._device)
         self._seconds[n] = forward_s, backward_s
         if found and self._in_parts:
             self._run_in_parts(n, backward_s)
@@ -235,8 +234,8 @@ class _NodeTimes(Interpreter):
         _, found, anchors, _ = self._forward(n)
         if anchors:
             gradients, made = [torch.ones_like(leaf) for leaf in found], list[SplitBackward]()
-            first_s = self._timed(lambda: made.append(SplitBackward(found, gradients, anchors)))
-            self._parts.append((whole_s, first_s, self._timed(made[0].finish)))
+            first_s = timed(lambda: made.append(SplitBackward(found, gradients, anchors)), self._device)
+            self._parts.append((whole_s, first_s, timed(made[0].finish, self._device)))
 
     def _forward(self, n: Node) -> tuple[Any, list[Tensor], list[Tensor], float]:
         """The result of a node, what of it needs a gradient, the inputs that it comes from, and seconds."""
@@ -253,31 +252,40 @@ class _NodeTimes(Interpreter):
             stack.enter_context(self._set_current_node(n))
             args, kwargs = pytree.tree_map_only(Tensor, cut_off, self.fetch_args_kwargs_from_env(n))
             results: list[Any] = []
-            seconds = self._timed(lambda: results.append(getattr(self, n.op)(n.target, args, kwargs)))
+            seconds = timed(lambda: results.append(getattr(self, n.op)(n.target, args, kwargs)), self._device)
         found = [x for x in pytree.tree_leaves(results[0]) if isinstance(x, Tensor) and x.requires_grad]
         return results[0], found, anchors, seconds
-
-    def _timed(self, work: Callable[[], Any]) -> float:
-        _synchronize(self._device)
-        start = time.perf_counter()
-        work()
-        _synchronize(self._device)
-        return time.perf_counter() - start
 
 
 def _median(work: Callable[[], Any], device: str, repeats: int) -> float:
     found = []
-    for number in range(-_WARM_UP, repeats):
-        _synchronize(device)
-        start = time.perf_counter()
+    for number in range(-_warm_up(device), repeats):
         with torch.no_grad():
-            work()
-        _synchronize(device)
+            seconds = timed(work, device)
         if number >= 0:
-            found.append(time.perf_counter() - start)
+            found.append(seconds)
     return statistics.median(found)
 
 
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+def _warm_up(device: str) -> int:
+    return _WARM_UP.get(torch.device(device).type, 1)
+
+
+def timed(work: Callable[[], Any], device: str) -> float:
+    """Seconds of some work on a device that has nothing else to do.
+
+    On a GPU by its own clock: from an event before the work to one behind it, with the gaps in which it waits for
+    the host to launch more, as in a stage that runs.
+    """
+    if torch.device(device).type != "cuda":
+        start_s = time.perf_counter()
+        work()
+        return time.perf_counter() - start_s
+    with torch.cuda.device(device):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3

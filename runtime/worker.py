@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxsplit.compressors.decaying_linear import Shrink
+from fxsplit.planning.links import Link
 from fxsplit.runtime import fingerprint, shipping
 from fxsplit.runtime.compiled import check_compilers, compile_stages
 from fxsplit.runtime.courier import Courier
@@ -21,6 +22,7 @@ from fxsplit.runtime.graphs import StageGraphs, refusal
 from fxsplit.runtime.holding import Holding
 from fxsplit.runtime.imitation import Imitation
 from fxsplit.runtime.keeping import Keeper
+from fxsplit.runtime.link_speed import measured
 from fxsplit.runtime.live_memory import Ledger
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.memory import peak_memory_bytes
@@ -35,7 +37,7 @@ from fxsplit.runtime.run_state import RunState
 from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.stage_options import StageOptions
 from fxsplit.runtime.streams import Pace, mark
-from fxsplit.runtime.transport import CLIENT_NAME, Endpoint
+from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.runtime.undo import Undo
 from fxsplit.schedules import Action
 from fxsplit.stage import Mode
@@ -81,6 +83,7 @@ class Worker:
             "count_memory": self.count_memory,
             "digest": lambda: digest_of(self._holding.stages),
             "echo": lambda _, reply_bytes: torch.zeros(reply_bytes, dtype=torch.uint8),  # of `probe`
+            "probe_link": self.probe_link,
             **self._parameters.commands,
             **self._imitation.commands,
             **self._keeper.commands,
@@ -101,6 +104,14 @@ class Worker:
             self._pulse.at(IDLE)
 
     # ------------------------------------------------------------------ commands
+
+    def probe_link(self, peer: str) -> tuple[Link, Link]:
+        """Measures the link to another worker, and the one from there, which has nothing else to do meanwhile."""
+
+        def exchange(payload: Tensor, reply_bytes: int) -> None:
+            wait(self._endpoint.call(peer, "echo", payload, reply_bytes), self.check)
+
+        return measured(exchange)
 
     def load(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import fxsplit
 from fxsplit.cli import app
 from fxsplit.errors import DeviceError, PlanError
+from fxsplit.measure import timed
 from fxsplit.opening import trace_for_planning
 from fxsplit.planning import Profile, parse_devices
 from fxsplit.planning.calibration import CLIENT, WORKER, Calibration, cached
@@ -166,6 +168,21 @@ def test_links_are_measured_over_real_workers_and_kept(tmp_path: Path) -> None:
         fxsplit.probe(["cpu"])
 
 
+@pytest.mark.parametrize("transport", ["rpc", "in_process"])
+def test_links_between_workers_are_measured_too_and_planned_with(transport: str, tmp_path: Path) -> None:
+    devices = ["cpu", "a/cpu", "b/cpu"]
+    links = fxsplit.probe(devices, transport=transport)
+    names = ("client", "a", "b")
+    assert set(links) == {(one, other) for one in names for other in names if one != other}
+    assert all(link.origin == "measured" and link.bytes_per_s > 0 for link in links.values())
+    save_links(links, tmp_path / "links.json")
+    assert load_links(tmp_path / "links.json") == links
+    costs = fxsplit.analyze(trace_for_planning(model(), Arguments.of(X)), X)
+    plan = fxsplit.plan(costs, devices, cuts=["1", "2"], profile=Profile(links=links))
+    found = {(link.sender, link.receiver): link for link in plan.links}
+    assert found["a", "b"].bytes_per_s == links["a", "b"].bytes_per_s and found["b", "a"].origin == "measured"
+
+
 def test_links_round_trip(tmp_path: Path) -> None:
     links: dict[Any, Link] = {("client", "a"): Link(1e6, 0.1, "measured")}
     save_links(links, tmp_path / "links.json")
@@ -205,3 +222,41 @@ def test_backwards_in_two_parts_are_measured_and_planned_with(found: Calibration
 def test_a_model_without_gradients_of_inputs_has_no_parts() -> None:
     measured = fxsplit.calibrate(nn.Linear(16, 4), X, compressors=[], repeats=1)
     assert (measured.input_share, measured.weight_share) == (1.0, 0.0)
+
+
+def test_what_lacks_a_node_is_marked_as_an_estimate(found: Calibration) -> None:
+    costs = fxsplit.analyze(trace_for_planning(model(), Arguments.of(X)), X)
+    devices = ["cpu", "a/cpu"]
+    whole = fxsplit.plan(costs, devices, cuts=["1"], profile=Profile.of(costs, dict.fromkeys(devices, found)))
+    assert all(part.is_measured for part in whole.parts) and "estimated: cpu" not in whole.note
+    partly = replace(found, nodes=tuple(node for node in found.nodes if not node.module.startswith("2")))
+    plan = fxsplit.plan(costs, devices, cuts=["1"], profile=Profile.of(costs, {"cpu": found, "a/cpu": partly}))
+    assert [part.is_measured for part in plan.parts] == [True, False]
+    assert "measured: cpu;" in plan.note and "estimated: cpu" in plan.note
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_measured_by_its_own_clock(own_cache: Path) -> None:
+    """What is timed is the GPU's work and no more than a synchronised host clock sees of it."""
+    x = torch.rand(2048, 2048, device="cuda")
+
+    def work() -> None:
+        for _ in range(20):
+            x @ x
+
+    for _ in range(3):
+        timed(work, "cuda")
+    start_s = time.perf_counter()
+    seconds = timed(work, "cuda")
+    assert 0 < seconds <= time.perf_counter() - start_s
+    measured = fxsplit.calibrate(model(), X, "cuda", compressors=["uniform8"], repeats=3, role=WORKER)
+    assert measured.device == "cuda" and Calibration.from_json(measured.to_json()) == measured
+    path = measured.save()
+    assert path.is_relative_to(own_cache) and cached(measured.fingerprint, "cuda", WORKER) == measured
+    costs = fxsplit.analyze(trace_for_planning(model(), Arguments.of(X)), X)
+    plan = fxsplit.plan(
+        costs, ["cpu", "a/cuda"], cuts=["1"], profile=Profile.of(costs, {"a/cuda": measured}), chunks=2
+    )
+    assert [part.is_measured for part in plan.parts] == [False, True]
+    assert "measured: a/cuda" in plan.note and "estimated: cpu" in plan.note

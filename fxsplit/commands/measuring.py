@@ -111,7 +111,7 @@ def probe_command(
     ] = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="For `fxsplit analyze --links FILE`.")] = None,
 ) -> None:
-    """Measure bandwidth and latency between this machine and its workers."""
+    """Measure bandwidth and latency between this machine and its workers, and between these."""
     with errors_as_exit_status():
         links = probe(names_in(devices), listen=listen)
         table = Table()

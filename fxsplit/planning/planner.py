@@ -298,8 +298,9 @@ def _check_places(problem: Problem) -> None:
 def _note(problem: Problem, placements: Sequence[Placement], *, given: bool) -> str:
     """How the plan came about and what it assumes."""
     profile = problem.profile
-    measured = dict.fromkeys(p.spelling for p in placements if profile.is_measured(p))
-    types = dict.fromkeys(p.device_type for p in placements if not profile.is_measured(p))
+    nodes = problem.costs.nodes
+    measured = dict.fromkeys(p.spelling for p in placements if profile.is_measured(p, nodes))
+    types = dict.fromkeys(p.device_type for p in placements if not profile.is_measured(p, nodes))
     rates = [f"{device_type} {format_macs(MACS_PER_S[device_type])} MACs/s" for device_type in types]
     facts = ["cuts as given" if given else "cuts chosen"]
     facts += [f"measured: {', '.join(measured)}"] if measured else []

@@ -114,7 +114,7 @@ class Profile:
 
     def split(self, placement: Placement) -> Split:
         """A backward in two parts on a device; an estimate if it was not measured."""
-        return self.splits.get(placement.spelling, Split())
+        return self.splits.get(placement.replicas[0].spelling, Split())
 
     def node(self, node: NodeCost, placement: Placement) -> NodeSeconds:
         """Seconds of a node where it is placed; an estimate if they were not measured."""
@@ -208,9 +208,10 @@ class Profile:
         splits = {**self.splits, device: self.splits[like]} if like in self.splits else self.splits
         return replace(self, nodes={**self.nodes, device: times}, codecs={**self.codecs, **codecs}, splits=splits)
 
-    def is_measured(self, placement: Placement) -> bool:
-        """Whether the nodes were measured on a device; the first of some replicas stands for all."""
-        return placement.replicas[0].spelling in self.nodes
+    def is_measured(self, placement: Placement, nodes: Iterable[NodeCost] = ()) -> bool:
+        """Whether nodes were measured on a device, and all of these; the first of some replicas stands for all."""
+        known = self.nodes.get(placement.replicas[0].spelling)
+        return known is not None and all(node.name in known for node in nodes)
 
 
 def _nodes_of(costs: CostTable, found: Calibration) -> dict[str, NodeSeconds]:

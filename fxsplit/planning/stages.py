@@ -116,6 +116,7 @@ class _Sums:
     saved_bytes: int
     seconds: NodeSeconds
     split: Split
+    is_measured: bool
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class Stages:
                 step_s=forward_s + backward_s,
                 input_s=own.split.input * backward_s,
                 weight_s=own.split.weight * backward_s,
-                is_measured=self.profile.is_measured(placement),
+                is_measured=own.is_measured,
             )
             parts.append(part)
         return tuple(parts)
@@ -223,6 +224,7 @@ class Stages:
                     sum(each.backward_call_s for each in seconds),
                 ),
                 self._split(stage, placement),
+                self.profile.is_measured(placement, done),
             )
             sums.append(own)
         return sums

@@ -25,7 +25,7 @@ from torch.distributed import autograd as dist_autograd
 from torch.distributed import rpc
 
 from fxsplit.errors import PipelineError, WorkerError
-from fxsplit.runtime import device_maps
+from fxsplit.runtime import device_maps, door
 from fxsplit.runtime.arrivals import Departures
 from fxsplit.runtime.gate import Gate
 from fxsplit.runtime.handshake import interface_of
@@ -56,13 +56,8 @@ def _hello() -> None:
     """Nothing: the connection is what counts."""
 
 
-def _greet(addresses: Sequence[str]) -> None:
-    """Connects with all others.
-
-    TensorPipe connects at the first call, and accepts no more connections after one that was none of its own: a
-    stray one could keep two workers apart for ever. Once all are connected it can do no harm.
-    """
-    for answer in [rpc.rpc_async(address, _hello, timeout=START_TIMEOUT_S) for address in addresses]:
+def _call_all(addresses: Sequence[str], function: Callable[[], None]) -> None:
+    for answer in [rpc.rpc_async(address, function, timeout=START_TIMEOUT_S) for address in addresses]:
         answer.wait()
 
 
@@ -148,6 +143,8 @@ class RpcEndpoint:
             address = self._address(self.name)
             agent = TensorPipeAgent(store, address, rank, world_size, options, reverse, devices)
             rpc.api._init_rpc_states(agent)
+        door.opened(store.get(f"addrs/{address}").decode())
+        others = [info.name for info in agent.get_worker_infos() if info.name != address]
         folder = folder if IS_SUPPORTED else None
         if folder is not None:
             self._lanes.listen(folder, rank, world_size)
@@ -155,10 +152,13 @@ class RpcEndpoint:
             store.set(f"{word}/{rank}", "1")
             if word == "member" or rank == 0:
                 store.wait([f"{word}/{other}" for other in range(world_size)])
-            if word == "member":
-                _greet([info.name for info in agent.get_worker_infos() if info.name != self._address(self.name)])
+            if word == "member":  # TensorPipe connects at the first call
+                _call_all(others, _hello)
                 if folder is not None:
                     self._lanes.connect(folder, rank, world_size, START_TIMEOUT_S)
+        if rank == 0:
+            _call_all(others, door.shut)
+            door.shut()
 
     def send(self, to: str, key: Key, packet: Packet) -> Future[None]:
         """Hands the packet to TensorPipe, which sends it in the background."""

@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -102,15 +101,6 @@ def kill(pipe: fxsplit.Pipeline, worker: str) -> None:
     os.kill(pid_of(pipe, worker), signal.SIGKILL)
 
 
-def garbage(pipe: fxsplit.Pipeline, worker: str) -> None:
-    """Twenty connections with noise to every port at which the worker listens."""
-    numbers = random.Random(pid_of(pipe, worker))
-    for port in listening_ports(pid_of(pipe, worker)):
-        for _ in range(20):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0) as peer:
-                peer.sendall(numbers.randbytes(numbers.randint(1, 4096)))
-
-
 def damage(pipe: fxsplit.Pipeline, worker: str) -> None:
     """A byte of an older snapshot is changed."""
     folders = sorted(Path(pipe._engine._directory).glob("step-*"))[:-1]  # type: ignore[attr-defined]
@@ -121,7 +111,7 @@ def damage(pipe: fxsplit.Pipeline, worker: str) -> None:
                 file.write(b"?")
 
 
-SOAK: tuple[Callable[[fxsplit.Pipeline, str], None], ...] = (kill, stop, pause, garbage, damage)
+SOAK: tuple[Callable[[fxsplit.Pipeline, str], None], ...] = (kill, stop, pause, damage)
 
 
 def listening_ports(pid: int) -> list[int]:

@@ -22,7 +22,7 @@ from benchmarks.reliability.faults import descriptors, listening_ports
 from fxsplit.errors import WorkerError
 from fxsplit.runtime.gate import Gate
 from fxsplit.runtime.join import join
-from tests.faults.scripts import CHAIN, CUTS, assert_same, batch, small_model, train
+from tests.faults.scripts import assert_same, batch, small_model, train
 from tests.test_joining import TOKEN, free_port, joining
 
 NOISE = 200
@@ -58,16 +58,19 @@ def disturbed(ports: list[int]) -> Iterator[None]:
 
 
 def test_noise_at_every_port_does_not_disturb_training() -> None:
-    options: dict[str, Any] = {"cuts": CUTS, "chunks": 2, "verify": False}
-    with fxsplit.compile(small_model(), CHAIN, transport="in_process", **options) as pipe:
+    """That of the client for workers to join at is the only one."""
+    options: dict[str, Any] = {"cuts": ["3"], "chunks": 2, "verify": False}
+    devices = ["cpu", "server/cpu"]
+    with fxsplit.compile(small_model(), devices, transport="in_process", **options) as pipe:
         torch.manual_seed(1)
         expected = train(pipe, 6)
-    with fxsplit.compile(small_model(), CHAIN, **options) as pipe:
+    port = free_port()
+    address: dict[str, Any] = {"listen": f"127.0.0.1:{port}", "token": TOKEN}
+    with joining(port, "server"), fxsplit.compile(small_model(), devices, **address, **options) as pipe:
         pids = [worker.pid for worker in pipe.workers]
-        ports = [port for pid in pids for port in listening_ports(pid)]
-        assert len(ports) >= 3
+        assert [port for pid in pids for port in listening_ports(pid)] == [port]
         torch.manual_seed(1)
-        with disturbed(ports):
+        with disturbed([port]):
             found = train(pipe, 6)
         assert [worker.pid for worker in pipe.workers] == pids
     assert_same(found, expected)

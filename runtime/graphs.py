@@ -171,6 +171,7 @@ class StageGraphs:
 
     def _record(self, kind: Kind, inputs: Sequence[Any], recordings: Recordings) -> Slot | None:
         recorder = self._recorders[self._devices[kind.stage]]
+        torch.clear_autocast_cache()  # what it keeps belongs to other streams, too
         try:
             return Slot(self._stages[kind.stage], kind, inputs, recordings.given, recorder, self._buffers)
         except Exception as error:  # whatever a library does that cannot be recorded

@@ -54,7 +54,7 @@ class RunState:
     @property
     def has_graph(self) -> bool:
         """Whether a graph of autograd's is alive for it."""
-        return any(saved.lease is None and saved.values for saved in self.saved.values())
+        return any(saved.lease is None and (saved.values or saved.weights) for saved in self.saved.values())
 
     def count(self, stage: int) -> int:
         """The micro-batches that are kept of a stage."""

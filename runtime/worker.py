@@ -206,6 +206,7 @@ class Worker:
         """
         report = RunReport(self._endpoint.name)
         check_autocast(surroundings, self._holding.devices.values())
+        torch.clear_autocast_cache()  # weights that the caller's own autocast has cast may have been updated since
         self._pace.begin()
         run = self._begin(number, mode, is_step=loss is not None)
         run.randomness = randomness

@@ -15,7 +15,10 @@ from torch.nn import functional as F
 import fxsplit
 from fxsplit.runtime import recording
 from fxsplit.runtime.recording import Inspector, Rerun
+from fxsplit.runtime.run_state import RunState, Saved
 from fxsplit.runtime.slots import GradientBuffers, Slot
+from fxsplit.split_backward import SplitBackward
+from fxsplit.stage import Mode
 from tests.models import images, mobilenet, tokens, transformer
 
 
@@ -221,3 +224,18 @@ def test_buffers_take_over_what_is_there() -> None:
     assert [p.grad is b for p, b in zip(parameters, buffers.of(parameters), strict=True)] == [True, True]
     assert parameters[0].grad.tolist() == [1.0, 2.0]
     assert parameters[1].grad is not None and parameters[1].grad.tolist() == [0.0, 0.0]
+
+
+def test_nothing_is_recorded_while_a_graph_of_autograds_is_alive() -> None:
+    """Not even one of which only the second part of a backward is left: its nodes belong to other streams."""
+    state = RunState(Mode(0, True))
+    assert not state.has_graph
+    x = torch.randn(2, requires_grad=True)
+    state.saved[0, 0] = Saved({}, {"y": x * 2})
+    assert state.has_graph
+    first_part_done = Saved({}, {})
+    first_part_done.weights = SplitBackward([x * 2], [torch.ones(2)], [x])
+    state.saved = {(0, 0): first_part_done}
+    assert state.has_graph
+    state.saved = {(0, 0): Saved({}, {})}
+    assert not state.has_graph

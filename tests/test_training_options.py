@@ -175,3 +175,23 @@ def test_callbacks() -> None:
     assert [report.number for report in reports] == [1, 2]
     assert [float(report.loss) for report in reports] == [float(result.loss) for result in results]
     assert all(0 < report.step_s <= report.metrics.total_s for report in reports)
+
+
+def test_weights_that_were_cast_before_an_update_are_cast_again() -> None:
+    """The caller's autocast is around several steps: torch would keep its casts until that ends."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    x, results = torch.randn(4, 4), []
+    for transport in ("rpc", "in_process"):
+        options: dict[str, Any] = {"cuts": ["1"], "transport": transport, "verify": False}
+        with fxsplit.compile(model, ["cpu", "a/cpu"], **options) as pipe:
+            optimizer = pipe.optimizer(torch.optim.SGD, lr=1.0)
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = []
+                for _ in range(3):
+                    optimizer.zero_grad()
+                    losses.append(pipe.step(x, loss_fn=lambda y: y.float().square().mean()).loss)
+                    optimizer.step()
+            with torch.autocast("cpu", torch.bfloat16):
+                losses.append(pipe.step(x, loss_fn=lambda y: y.float().square().mean()).loss)
+            results.append(losses)
+    assert all(map(torch.equal, *results)) and len({loss.item() for loss in results[0]}) == 4

@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks.reliability workers`, `clients`, `soak` or `overhead`."""
+"""The command line: `python -m benchmarks.reliability workers`, `clients`, `soak`, `intruders` or `overhead`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 
 from benchmarks.machine import machine
 
+from .intruders import intruders as run_intruders
 from .kills import kill_clients, kill_workers
 from .overhead import PARTS
 from .overhead import overhead as run_overhead
@@ -48,6 +49,12 @@ def soak(
 ) -> None:
     """Train with random faults."""
     _note("soak", run_soak(minutes, every))
+
+
+@app.command()
+def intruders(steps: Annotated[int, typer.Option(min=60, help="Steps of the training.")] = 480) -> None:
+    """Train while strangers connect to every port."""
+    _note("intruders", run_intruders(steps))
 
 
 @app.command()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,42 +17,12 @@ from torch.nn import functional as F
 
 import fxsplit
 from benchmarks.reliability.faults import descriptors, listening_ports
+from benchmarks.reliability.garbage import disturbed
 from fxsplit.errors import WorkerError
 from fxsplit.runtime.gate import Gate
 from fxsplit.runtime.join import join
 from tests.faults.scripts import assert_same, batch, small_model, train
 from tests.test_joining import TOKEN, free_port, joining
-
-NOISE = 200
-
-
-def noise(seed: int) -> list[bytes]:
-    """Random bytes, frames of right and wrong length, JSON that is no handshake, other protocols' first words."""
-    numbers = random.Random(seed)
-    said = [b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"SSH-2.0-x\r\n", b"\xff" * 64]
-    for text in (b"[" * 100_000, b"{}", b"null", b'{"nonce": 1}', b'{"proof": []}', b'{"refused": {"what": 1}}'):
-        said.append(len(text).to_bytes(4, "big") + text)
-    while len(said) < NOISE:
-        length = numbers.choice([0, 1, 4, 100, 2**20, 2**32 - 1])
-        said.append(length.to_bytes(4, "big") + numbers.randbytes(numbers.randint(0, 300)))
-    return said
-
-
-@contextlib.contextmanager
-def disturbed(ports: list[int]) -> Iterator[None]:
-    """All the noise to each port, and ten connections that stay open and say nothing."""
-    with contextlib.ExitStack() as open_ones:
-        for port in ports:
-            for said in noise(port):
-                with (
-                    contextlib.suppress(OSError),
-                    socket.create_connection(("127.0.0.1", port), timeout=2.0) as peer,
-                ):
-                    peer.sendall(said)
-            for _ in range(10):
-                with contextlib.suppress(OSError):
-                    open_ones.enter_context(socket.create_connection(("127.0.0.1", port), timeout=2.0))
-        yield
 
 
 def test_noise_at_every_port_does_not_disturb_training() -> None:

@@ -16,11 +16,11 @@ from fxsplit.errors import FxsplitError, WorkerLost
 from fxsplit.planning import Plan
 from fxsplit.runtime.engine import Engine
 from fxsplit.runtime.group import TIMEOUT_S
-from fxsplit.runtime.host_random import host_states, set_host_states
-from fxsplit.runtime.journal import Journal, Operation, without_effect
+from fxsplit.runtime.host_random import HostRandom
+from fxsplit.runtime.journal import Journal, Operation, Random, without_effect
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.metrics import Metrics
-from fxsplit.runtime.randomness import process_states, set_process_states
+from fxsplit.runtime.randomness import set_states, states
 from fxsplit.runtime.run import Run
 from fxsplit.runtime.snapshotter import Saver, Snapshotter, Training
 from fxsplit.runtime.stage_options import StageOptions
@@ -207,14 +207,15 @@ class DurableEngine(Engine):
         finally:
             self._is_inside = False
 
-    def _random(self) -> tuple[Tensor, ...]:
-        return process_states(self._device()) if self._split is not None else host_states()
+    def _random(self) -> Random:
+        return HostRandom(), states(self._device()) if self._split is not None else ()
 
-    def _set_random(self, given: Sequence[Tensor]) -> None:
-        if len(given) > 2:
-            set_process_states(given, self._device())
-        elif given:  # before a stage was loaded
-            set_host_states(given)
+    def _set_random(self, given: Random | None) -> None:
+        if given is not None:
+            host, torch_states = given
+            host.put_back()
+            if torch_states:  # there are none before a stage was loaded
+                set_states(torch_states, self._device())
 
     # ------------------------------------------------------------------ snapshots
 

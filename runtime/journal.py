@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fxsplit.runtime.host_random import HostRandom
 from fxsplit.trace.replay import Surroundings
 
 SETTING_UP = ("create_optimizer", "require_gradients")
 """Commands whose effect is in no snapshot."""
+
+
+Random = tuple[HostRandom, tuple[Tensor, ...]]
+"""The states of the client's generators: of Python and numpy; and of torch, once its device is known."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Operation:
 
     method: str
     arguments: tuple[Any, ...]
-    random: tuple[Tensor, ...] = ()
+    random: Random | None = None
     surroundings: Surroundings = field(default_factory=Surroundings.current)
     run_number: int = 0
     seconds: float = 0.0

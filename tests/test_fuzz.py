@@ -20,10 +20,13 @@ from typer.testing import CliRunner
 import fxsplit
 from fxsplit.cli import app
 from fxsplit.commands.inputs import parse_inputs
+from fxsplit.commands.planning import read_budget, read_guard, read_prices
 from fxsplit.compressors import compressor
 from fxsplit.compressors.spelling import parse_spelling
 from fxsplit.errors import FxsplitError
 from fxsplit.planning import parse_devices
+from fxsplit.planning.calibration import Calibration, MeasuredCodec, MeasuredNode
+from fxsplit.planning.link_file import load_links
 from fxsplit.planning.units import parse_bandwidth, parse_bytes, parse_count, parse_seconds
 from fxsplit.runtime.checkpointing import parse_policies
 from fxsplit.runtime.handshake import Identity, parse_address, receive_message, send_message
@@ -42,6 +45,10 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "inputs": lambda text: parse_inputs([text]),
     "policies": lambda text: parse_policies(text, 3),
     "plan": fxsplit.Plan.from_json,
+    "calibration": Calibration.from_json,
+    "budget": lambda text: read_budget(text.split(","), [text], [text]),
+    "prices": lambda text: read_prices(text.split(",")),
+    "guard": read_guard,
 }
 PIECES = st.sampled_from(
     [
@@ -122,6 +129,46 @@ def test_no_manifest_is_taken_on_trust(path: tuple[Any, ...], value: Any, remove
         assert all(0 <= part.size_bytes < 2**63 for part in found.parts)
 
 
+CALIBRATION: dict[str, Any] = json.loads(
+    Calibration(
+        *("M", "0" * 16, "cpu", "here", "2", 1, "device", 2, 0.5, 0.5),
+        nodes=(MeasuredNode("a", "b", 0.1, 0.2, 0.0, 0.0),),
+        codecs=(MeasuredCodec("uniform8", 1e-9, 1e-9, 1e-6),),
+    ).to_json()
+)
+LINKS: dict[str, Any] = {
+    "version": 1,
+    "links": [{"sender": "a", "receiver": "b", "bytes_per_s": 1e6, "latency_s": 0.1, "origin": "measured"}],
+}
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from([(kind, path) for kind in (0, 1) for path in paths((CALIBRATION, LINKS)[kind])[1:]]),
+    JSON,
+    st.booleans(),
+)
+def test_no_calibration_or_file_of_links_is_taken_on_trust(
+    tmp_path: Path, place: tuple[int, tuple[Any, ...]], value: Any, removes: bool
+) -> None:
+    kind, path = place
+    document = json.loads(json.dumps((CALIBRATION, LINKS)[kind]))
+    holder = document
+    for key in path[:-1]:
+        holder = holder[key]
+    if removes:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = value
+    file = tmp_path / "file.json"
+    file.write_text(json.dumps(document))
+    with contextlib.suppress(FxsplitError):
+        if kind == 0:
+            assert all(math.isfinite(node.forward_s) for node in Calibration.load(file).nodes)
+        else:
+            assert all(link.bytes_per_s > 0 and link.latency_s >= 0 for link in load_links(file).values())
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=300))
 def test_no_file_breaks_loading(data: bytes, tmp_path: Path) -> None:
@@ -129,8 +176,9 @@ def test_no_file_breaks_loading(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(FxsplitError):
         fxsplit.load(tmp_path)
     (tmp_path / "plan.json").write_bytes(data)
-    with pytest.raises(FxsplitError):
-        fxsplit.Plan.load(tmp_path / "plan.json")
+    for read in (fxsplit.Plan.load, Calibration.load, load_links):
+        with pytest.raises(FxsplitError):
+            read(tmp_path / "plan.json")
 
 
 @settings(max_examples=100, deadline=None)

@@ -52,7 +52,7 @@ def soak(
 
 
 @app.command()
-def intruders(steps: Annotated[int, typer.Option(min=60, help="Steps of the training.")] = 480) -> None:
+def intruders(steps: Annotated[int, typer.Option(min=144, help="Steps of the training.")] = 480) -> None:
     """Train while strangers connect to every port."""
     _note("intruders", run_intruders(steps))
 

@@ -18,7 +18,7 @@ import torch
 from .faults import listening_ports, pid_of
 from .training import compiled, train, undisturbed
 
-TURN = 8
+TURN = 16
 """Steps of a turn: nobody connects, then somebody to ports of his own, then to those of the pipeline."""
 
 KINDS = ("quiet", "elsewhere", "here")

@@ -107,6 +107,8 @@ pids = [w.pid for w in pipe.workers if w.name != "client"]
 x, y = batch(0)
 pipe.step(x, target=y, loss_fn=F.cross_entropy)
 print(*pids, flush=True)
+if sys.argv[1] == "an exception":
+    raise ValueError("the user's own")
 while True:
     pipe.step(x, target=y, loss_fn=F.cross_entropy)
 """
@@ -119,20 +121,22 @@ while True:
         pytest.param("SIGTERM", marks=pytest.mark.faults),
         pytest.param("SIGKILL", marks=pytest.mark.faults),
         "SIGKILL, a worker stopped",
+        pytest.param("an exception", marks=pytest.mark.faults),
     ],
 )
 def test_nothing_is_left_of_a_client_that_is_ended(ending: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{SCRIPT}")
     shared = set(Path("/dev/shm").glob("*"))
-    client = start(script)
+    client = start(script, ending)
     assert client.stdout is not None
     pids = [int(pid) for pid in client.stdout.readline().split()]
     assert len(pids) == 2, client.communicate()[1]
     name, _, stopped = ending.partition(",")
     if stopped:
         os.kill(pids[1], signal.SIGSTOP)
-    os.kill(client.pid, getattr(signal, name))
+    if name != "an exception":
+        os.kill(client.pid, getattr(signal, name))
     await_true(
         lambda: not any(is_alive(pid) for pid in (client.pid, *pids)), SOON_S, "something outlives the client"
     )

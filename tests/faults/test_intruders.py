@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import fxsplit
 from benchmarks.reliability.faults import descriptors, listening_ports
 from benchmarks.reliability.garbage import disturbed
-from fxsplit.errors import WorkerError
+from fxsplit.errors import DeviceError, WorkerError
 from fxsplit.runtime.gate import Gate
 from fxsplit.runtime.join import join
 from tests.faults.scripts import assert_same, batch, small_model, train
@@ -98,5 +98,19 @@ def test_a_guessed_token_is_refused_and_the_right_one_taken() -> None:
                     join(f"127.0.0.1:{port}", "server", guess, None, 5.0)
         assert gate.has_problem is None and gate.missing == ["server"]
         join(f"127.0.0.1:{port}", "server", TOKEN, None, 5.0).connection.close()
+    finally:
+        gate.close()
+
+
+def test_a_second_client_at_the_port_leaves_the_first_as_it_is() -> None:
+    port = free_port()
+    gate = Gate(f"127.0.0.1:{port}", TOKEN, {"server": ["cpu"]}, "session", 1)
+    options: dict[str, Any] = {"cuts": ["3"], "listen": f"127.0.0.1:{port}", "token": TOKEN, "verify": False}
+    try:
+        with pytest.raises(DeviceError, match="in use already"):
+            fxsplit.compile(small_model(), ["cpu", "server/cpu"], example_inputs=batch(0)[0], **options)
+        member = join(f"127.0.0.1:{port}", "server", TOKEN, None, 5.0)
+        assert member.session == "session" and gate.missing == []
+        member.connection.close()
     finally:
         gate.close()

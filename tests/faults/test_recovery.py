@@ -216,3 +216,88 @@ def test_states_of_random_numbers_are_taken_up() -> None:
         assert [drawn() for _ in range(700)] == numbers
         seeds = {host_seed(), host_seed(), (random.random(), host_seed())[1]}
         assert len(seeds) == 2, "it changes nothing, and depends on the state"
+
+
+class Fragile(nn.Module):
+    """Kills its process at one kind of moment, once: if there is a file, which it removes.
+
+    Args:
+        moment: "forward", "backward" or "snapshot".
+        trigger: the file.
+    """
+
+    def __init__(self, moment: str, trigger: Path) -> None:
+        super().__init__()
+        self.moment, self.trigger = moment, str(trigger)
+
+    def forward(self, x: Tensor) -> Tensor:
+        die_at(self.trigger, self.moment == "forward")
+        y = x * 1.0
+        if y.requires_grad and self.moment == "backward":
+            trigger = self.trigger
+            y.register_hook(lambda gradient: die_at(trigger, True))
+        return y
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        die_at(self.trigger, self.moment == "snapshot")
+        super()._save_to_state_dict(*arguments)
+
+
+class FragileSGD(torch.optim.SGD):
+    """The same, when a step is prepared: its process has changed its weights, and others may have, too."""
+
+    def __init__(self, parameters: Any, trigger: str = "", **options: Any) -> None:
+        super().__init__(parameters, **options)
+        for group in self.param_groups:
+            group.setdefault("trigger", trigger)
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        group = self.param_groups[0]
+        die_at(group["trigger"], len(group["params"]) == 4)  # the worker's part
+        return result
+
+
+def die_at(trigger: str, is_here: bool) -> None:
+    if is_here and os.path.exists(trigger):
+        os.remove(trigger)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "optimizer",
+        pytest.param("forward", marks=pytest.mark.faults),
+        pytest.param("backward", marks=pytest.mark.faults),
+        pytest.param("snapshot", marks=pytest.mark.faults),
+    ],
+)
+def test_a_worker_killed_at(moment: str, tmp_path: Path) -> None:
+    """Exactly there: the step that was prepared by some is made by all, and the end is as without the death."""
+    trigger = tmp_path / "trigger"
+
+    def run(transport: str, faults: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        fragile = Fragile(moment, trigger)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), fragile, nn.Dropout(0.2), nn.Linear(4, 4))
+        options: dict[str, Any] = {"cuts": ["1"], "chunks": 2, "verify": False, "example_inputs": torch.ones(4, 4)}
+        options |= {"snapshots": fxsplit.Snapshots(tmp_path / "s", every=2)} if faults else {}
+        with fxsplit.compile(model, ["cpu", "one/cpu"], transport=transport, **options) as pipe:
+            at_step = str(trigger) if moment == "optimizer" else ""
+            optimizer = pipe.optimizer(FragileSGD, lr=0.1, momentum=0.9, trigger=at_step)
+            for number in range(7):
+                if faults and number == 3:
+                    trigger.touch()
+                x = torch.randn(4, 4, generator=torch.Generator().manual_seed(number))
+                pipe.step(x, target=x, loss_fn=F.mse_loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            assert pipe.committed_steps == 7
+            return dict(pipe.state_dict())
+
+    expected = run("in_process", faults=False)
+    with pytest.warns(UserWarning, match="all workers are started again"):
+        found = run("rpc", faults=True)
+    assert not trigger.exists(), "it died"
+    assert_same(found, expected)

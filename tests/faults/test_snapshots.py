@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from torch.nn import functional as F
 
 import fxsplit
 from fxsplit.errors import SnapshotError
+from fxsplit.planning.calibration import Calibration
+from fxsplit.planning.link_file import load_links
 from fxsplit.snapshots.manifest import Manifest
 from tests.faults.scripts import CHAIN, CUTS, assert_same, batch, small_model, train
 
@@ -314,3 +317,52 @@ def test_a_manifest_says_what_it_was_given(tmp_path: Path) -> None:
     manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest
     assert copy.deepcopy(manifest) == manifest
+
+
+class Payload:
+    """What a pickle runs when it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def test_no_file_is_unpickled(snapshots: Path, tmp_path: Path) -> None:
+    """A pickle in place of each kind of file, with right checksums where it has some, is refused and not run."""
+    from fxsplit.snapshots.files import digest
+
+    marker, folder = tmp_path / "marker", tmp_path / "s"
+    evil = pickle.dumps(Payload(marker))
+    zipped = tmp_path / "zipped"
+    torch.save(Payload(marker), zipped)
+    pickle.loads(evil)
+    assert marker.exists(), "it would run"
+    marker.unlink()
+    for content in (evil, zipped.read_bytes()):
+        file = tmp_path / "file"
+        file.write_bytes(content)
+        for read in (fxsplit.Plan.load, Calibration.load, load_links):
+            with pytest.raises(fxsplit.FxsplitError):
+                read(file)
+        shutil.copytree(snapshots / "step-00000002", folder)
+        parts = json.loads((folder / "manifest.json").read_bytes().partition(b"\n")[0])["parts"]
+        (folder / parts[0]["file"]).write_bytes(content)
+        parts[0] |= {"size_bytes": len(content), "sha256": digest(content)}
+        rewritten(folder, parts=parts)
+        with pytest.raises(SnapshotError):
+            fxsplit.load(folder)
+        (folder / "manifest.json").write_bytes(content)
+        with pytest.raises(SnapshotError):
+            fxsplit.load(folder)
+        shutil.rmtree(folder)
+    assert not marker.exists()
+
+
+def test_a_huge_manifest_is_not_read(snapshots: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    shutil.copytree(snapshots / "step-00000002", folder)
+    os.truncate(folder / "manifest.json", 1 << 40)  # sparse: no room is taken
+    with pytest.raises(SnapshotError, match="at most"):
+        fxsplit.load(folder)

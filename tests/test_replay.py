@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import fxsplit
+from fxsplit.planning import Budget, NodeSeconds, Profile
 from fxsplit.planning.bounds import HopBound, Work
+from fxsplit.planning.explain import timeline_of
 from fxsplit.planning.replay import actions_of, step_bound
 from fxsplit.schedules import Hop, StageTimes, Times, schedule, simulate
+from tests.test_planner_exact import random_graph
 
 NAMES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
 
@@ -66,3 +71,29 @@ def test_the_replay_is_the_simulation_for_two_workers_and_never_more(name: str, 
 def test_orders_that_follow_times_are_not_replayed() -> None:
     assert actions_of("auto", ("a", "b"), 4) == ()
     assert actions_of("interleaved", ("a", "b"), 1) == ()  # refused
+
+
+def test_a_thousand_machines_that_are_not_there() -> None:
+    """Profiles of one device, scaled to others; the simulation of their step, with no worker and no tensor."""
+    count, draw = 1000, random.Random(0)
+    costs = random_graph(draw, "chain")
+    values = [
+        costs.values[0],
+        *(replace(costs.values[1], name=f"n{i}", producer=i, consumers=(i + 1,)) for i in range(count)),
+    ]
+    nodes = tuple(replace(costs.nodes[0], name=f"n{i}", module=f"m{i}") for i in range(count))
+    long = replace(costs, nodes=nodes, values=tuple(values), cut_points={f"m{i}": i for i in range(count)})
+    known = Profile({"cpu": {f"n{i}": NodeSeconds(0.01, 0.02) for i in range(count)}})
+    devices = ["cpu", *(f"w{i}/cpu" for i in range(1, count))]
+    profile = known
+    for device in devices[1:3]:
+        profile = profile.scaled(device, "cpu", 2.0)
+    others = dict.fromkeys(devices[3:], profile.nodes[devices[1]])
+    profile = replace(profile, nodes={**profile.nodes, **others})
+    plan = fxsplit.plan(long, devices, chunks=4, profile=profile, budget=Budget(bandwidth=1e9, latency=0.0))
+    assert len(plan.parts) == count and all(part.is_measured for part in plan.parts)
+    timeline = timeline_of(plan)
+    assert timeline.step_s == pytest.approx(plan.predicted_step_s, rel=1e-9)
+    busy_s = 4 * (0.02 + 0.04) / 4
+    assert timeline.step_s >= (count - 1) * busy_s / 4 and timeline.live == (4,) * count
+    assert timeline.busy_s("w7") == pytest.approx(busy_s, rel=1e-6)

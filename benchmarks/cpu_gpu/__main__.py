@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 MODULE = "benchmarks.cpu_gpu.client"
 CODECS = (
     "none",
+    "chosen",
     "fp16",
     "fp8",
     "uniform8",

@@ -1,6 +1,8 @@
 """One compressor's client: does so many steps for each number on its standard input, and says how long they took.
 
 python -m benchmarks.cpu_gpu.client COMPRESSOR BATCH SIZE CHUNKS [--cpu]
+
+The compressor `chosen` is what the planner chooses for each edge, from what it measures here first.
 """
 
 from __future__ import annotations
@@ -10,17 +12,50 @@ import sys
 import time
 import traceback
 import warnings
+from typing import Any
 
 import torch
 import torchvision
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxsplit
 from benchmarks.gpus.contender import say
 from benchmarks.gpus.tasks import LEARNING_RATE, MOMENTUM
+from fxsplit.planning import Guard, Plan, Profile
+from fxsplit.planning.calibration import WORKER
 
 CUTS = ("features.0.2", "classifier")
 """The documents' sandwich: the client has the first convolution and the classifier."""
+
+
+CHOSEN = "chosen"
+"""Stands for the planner's choice."""
+
+GUARDED = ("fp16", "uniform8", "fastquant8")
+"""What it may choose from, beside none."""
+
+
+def chosen(model: nn.Module, x: Tensor, server: str, chunks: int) -> Plan:
+    """The plan with the same cuts, from measured nodes, compressors and links."""
+    costs = fxsplit.analyze(fxsplit.trace(model, x[:2], cuts=CUTS, verify=False), x)
+    common: dict[str, Any] = {"chunks": chunks, "compressors": GUARDED, "repeats": 3}
+    measured = {
+        "cpu": fxsplit.calibrate(model, x, "cpu", **common),
+        server: fxsplit.calibrate(model, x, server.partition("/")[2], role=WORKER, **common),
+    }
+    profile = Profile.of(costs, measured, fxsplit.probe(["cpu", server]))
+    found = fxsplit.plan(
+        costs,
+        ["cpu", server, "cpu"],
+        cuts=CUTS,
+        compressor="auto",
+        guard=Guard(GUARDED),
+        chunks=chunks,
+        profile=profile,
+    )
+    print(found, file=sys.stderr)
+    return found
 
 
 def main(codec: str, batch: int, size: int, chunks: int, server: str) -> None:
@@ -29,8 +64,12 @@ def main(codec: str, batch: int, size: int, chunks: int, server: str) -> None:
     torch.manual_seed(0)
     model = torchvision.models.mobilenet_v2(num_classes=10).train()
     x, y = torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
-    options = {"chunks": chunks, "compressor": codec, "example_inputs": x[: max(2, chunks)], "verify": False}
-    with fxsplit.compile(model, ["cpu", server, "cpu"], cuts=CUTS, **options) as pipe:  # type: ignore[arg-type]
+    options: dict[str, Any] = {"example_inputs": x[: max(2, chunks)], "verify": False}
+    if codec == CHOSEN:
+        options["plan"] = chosen(model, x, server, chunks)
+    else:
+        options |= {"cuts": CUTS, "chunks": chunks, "compressor": codec}
+    with fxsplit.compile(model, ["cpu", server, "cpu"], **options) as pipe:
         optimizer = pipe.optimizer(torch.optim.SGD, lr=LEARNING_RATE, momentum=MOMENTUM)
         say(ready=True)
         for line in sys.stdin:

@@ -9,6 +9,7 @@ elsewhere all packets go by RPC.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import select
@@ -98,6 +99,16 @@ def _bytes_of(tensor: Tensor) -> bytes:
     return _flat(tensor).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
+@contextlib.contextmanager
+def _short_name(folder: str) -> Iterator[str]:
+    """Another name of a folder: that of a socket has 107 bytes at most, and temporary folders may lie deep."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
 class Lanes:
     """One process's sockets to the other processes of its host.
 
@@ -124,7 +135,8 @@ class Lanes:
             world_size: processes.
         """
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(os.path.join(folder, f"lane{rank}"))
+        with _short_name(folder) as short:
+            self._listener.bind(f"{short}/lane{rank}")
         self._listener.listen(world_size)
 
     def connect(self, folder: str, rank: int, world_size: int, timeout_s: float) -> None:
@@ -140,7 +152,8 @@ class Lanes:
             for other in range(rank):
                 found.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
                 found[-1].settimeout(timeout_s)
-                found[-1].connect(os.path.join(folder, f"lane{other}"))
+                with _short_name(folder) as short:
+                    found[-1].connect(f"{short}/lane{other}")
             for _ in range(rank + 1, world_size):
                 found.append(listener.accept()[0])
                 found[-1].settimeout(timeout_s)

@@ -59,7 +59,9 @@ def test_what_is_no_message() -> None:
 
 @pytest.fixture
 def ends(tmp_path: Path) -> Iterator[tuple[Lanes, Lanes, Mailbox]]:
-    """Two ends, and the mailbox of the second one."""
+    """Two ends, and the mailbox of the second one; they meet in a folder whose path is too long for a socket."""
+    folder = tmp_path / ("deep" * 40)
+    folder.mkdir()
     boxes = [Mailbox(), Mailbox()]
 
     def end(name: str, number: int) -> Lanes:
@@ -72,10 +74,10 @@ def ends(tmp_path: Path) -> Iterator[tuple[Lanes, Lanes, Mailbox]]:
     one, other = end("one", 0), end("other", 1)
     boxes[1] = Mailbox(other.fetch)
     for rank, lanes in enumerate((one, other)):
-        lanes.listen(str(tmp_path), rank, 2)
-    thread = threading.Thread(target=one.connect, args=(str(tmp_path), 0, 2, 30.0))
+        lanes.listen(str(folder), rank, 2)
+    thread = threading.Thread(target=one.connect, args=(str(folder), 0, 2, 30.0))
     thread.start()
-    other.connect(str(tmp_path), 1, 2, 30.0)
+    other.connect(str(folder), 1, 2, 30.0)
     thread.join()
     yield one, other, boxes[1]
     one.close()

@@ -102,6 +102,7 @@ import fxsplit
 from tests.faults.scripts import *
 from torch.nn import functional as F
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
 pipe = fxsplit.compile(small_model(), CHAIN, cuts=CUTS, example_inputs=batch(0)[0], verify=False)
 pids = [w.pid for w in pipe.workers if w.name != "client"]
 x, y = batch(0)

@@ -33,7 +33,20 @@ def shut() -> None:
         with contextlib.suppress(OSError):  # no socket, or closed meanwhile
             found = socket.socket(fileno=int(name))
             try:
-                if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and found.getsockname()[1] == port:
-                    found.shutdown(socket.SHUT_RDWR)  # TensorPipe sees an error there, and closes it
+                is_door = (
+                    found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and found.getsockname()[1] == port
+                )
             finally:
                 found.detach()
+            if is_door:
+                _replace(int(name))
+
+
+def _replace(descriptor: int) -> None:
+    """Puts a socket in the place of another, to which nothing will ever happen.
+
+    The other one is closed, and TensorPipe does not hear of it; after a mere `shutdown` its loop would ask the
+    socket again and again, and take a core.
+    """
+    with socket.socket() as quiet:
+        os.dup2(quiet.fileno(), descriptor, inheritable=False)

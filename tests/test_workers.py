@@ -109,10 +109,20 @@ def test_no_process_survives_its_client(ending: str, tmp_path: Path) -> None:
     assert "tensorpipe" not in result.stderr
 
 
-def test_no_port_listens_once_all_are_connected() -> None:
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_no_port_listens_once_all_are_connected_and_nobody_is_busy() -> None:
     with fxsplit.compile(mobilenet(), CHAIN, cuts=CUTS) as pipe:
-        assert len(pipe.workers) == 3
-        assert [port for worker in pipe.workers for port in listening_ports(worker.pid)] == []
+        pids = [worker.pid for worker in pipe.workers]
+        assert len(pids) == 3
+        assert [port for pid in pids for port in listening_ports(pid)] == []
+        before = sum(map(cpu_seconds, pids))
+        time.sleep(2.0)
+        assert sum(map(cpu_seconds, pids)) - before < 0.5, "a thread of an idle pipeline goes round and round"
 
 
 def test_channels_last_and_views_cross_a_link_unchanged() -> None:

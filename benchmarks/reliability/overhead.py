@@ -12,7 +12,7 @@ import torchvision
 from torch.nn import functional as F
 
 import fxsplit
-from fxsplit.runtime import rpc, transaction
+from fxsplit.runtime import packet, rpc, transaction
 from fxsplit.runtime.durable import DurableEngine
 
 from .training import CUTS, DEVICES, batch, settings
@@ -27,12 +27,13 @@ EVERY = 50
 
 PARTS = ("checksums", "transactions", "snapshots")
 
-_checksum_of, _before = rpc.checksum_of, transaction.Before.of  # type: ignore[attr-defined]
+_checksum_of, _before = packet.checksum_of, transaction.Before.of
 
 
 def protect(parts: tuple[str, ...]) -> None:
     """Gives packets of this process checksums, or makes its steps such that they can be taken back, or neither."""
-    rpc.checksum_of = _checksum_of if "checksums" in parts else lambda key, packet: 0  # type: ignore[attr-defined]
+    made = _checksum_of if "checksums" in parts else lambda key, packet: 0
+    packet.checksum_of = rpc.checksum_of = made  # type: ignore[attr-defined]
     nothing = classmethod(lambda cls, optimizer, *rest: cls(optimizer, [], {}, []))
     transaction.Before.of = _before if "transactions" in parts else nothing  # type: ignore[method-assign, assignment]
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsplit.runtime.packet import Key, Packet
+from fxsplit.runtime.packet import Key, Packet, elements_of
 from fxsplit.spec import TensorSpec
 
 MESSAGE_BYTES = 1 << 16
@@ -73,7 +73,7 @@ def decode_message(message: bytearray) -> list[tuple[Key, Packet]]:
             tensor = torch.empty_strided(shape, strides, dtype=dtype)
             if count := tensor.numel():
                 flat = torch.frombuffer(message, dtype=dtype, count=count, offset=offset)
-                _flat(tensor).copy_(flat)
+                elements_of(tensor).copy_(flat)
                 offset += tensor.nbytes
             payload.append(tensor)
         packets.append((Key(*key), _packet(tuple(payload), *described)))
@@ -91,12 +91,8 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().as_strided((tensor.numel(),), (1,))  # dense, in whatever order
-
-
 def _bytes_of(tensor: Tensor) -> bytes:
-    return _flat(tensor).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return elements_of(tensor).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 @contextlib.contextmanager

@@ -82,10 +82,14 @@ def checksum_of(key: Key, packet: Packet) -> int:
     )
     found = zlib.crc32(repr(names).encode())
     for tensor in packet.payload:
-        flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # dense, in whatever order
         if tensor.numel() and not tensor.is_cuda:
-            found = zlib.crc32(flat.view(torch.uint8).numpy().data, found)
+            found = zlib.crc32(elements_of(tensor).view(torch.uint8).numpy().data, found)
     return found
+
+
+def elements_of(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order of its memory, whatever its strides; a view, [elements]."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def pack(value: Any, edge: Edge, key: Key, memory: Memory | None = None) -> Packet:

@@ -111,18 +111,24 @@ def paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [at, *(path for key, entry in inner for path in paths(entry, (*at, key)))]
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.sampled_from(paths(MANIFEST)[1:]), JSON, st.booleans())
-def test_no_manifest_is_taken_on_trust(path: tuple[Any, ...], value: Any, removes: bool) -> None:
-    """One value anywhere is another, or is not there."""
-    document = json.loads(json.dumps(MANIFEST))
-    holder = document
+def changed(document: Any, path: tuple[Any, ...], value: Any, removes: bool) -> Any:
+    """A copy in which what is at a path is another, or is not there."""
+    copied = json.loads(json.dumps(document))
+    holder = copied
     for key in path[:-1]:
         holder = holder[key]
     if removes:
         del holder[path[-1]]
     else:
         holder[path[-1]] = value
+    return copied
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(paths(MANIFEST)[1:]), JSON, st.booleans())
+def test_no_manifest_is_taken_on_trust(path: tuple[Any, ...], value: Any, removes: bool) -> None:
+    """One value anywhere is another, or is not there."""
+    document = changed(MANIFEST, path, value, removes)
     with contextlib.suppress(FxsplitError):
         found = Manifest.from_json(document)
         assert all("/" not in part.file and ".." not in part.file for part in found.parts)
@@ -152,14 +158,7 @@ def test_no_calibration_or_file_of_links_is_taken_on_trust(
     tmp_path: Path, place: tuple[int, tuple[Any, ...]], value: Any, removes: bool
 ) -> None:
     kind, path = place
-    document = json.loads(json.dumps((CALIBRATION, LINKS)[kind]))
-    holder = document
-    for key in path[:-1]:
-        holder = holder[key]
-    if removes:
-        del holder[path[-1]]
-    else:
-        holder[path[-1]] = value
+    document = changed((CALIBRATION, LINKS)[kind], path, value, removes)
     file = tmp_path / "file.json"
     file.write_text(json.dumps(document))
     with contextlib.suppress(FxsplitError):

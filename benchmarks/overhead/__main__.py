@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from typing import Annotated
 import torch
 import typer
 
+from benchmarks.machine import machine
 from benchmarks.overhead.contender import stage_seconds
 from benchmarks.readme import fill
 
@@ -61,9 +61,8 @@ def main(
                 lines.append(f"| {' | '.join(row)} |")
                 print(lines[-1], flush=True)
     if update:
-        machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
         turns = f"{rounds} turns of {steps} steps each, {chunks} chunks"
-        head = f"{datetime.date.today().isoformat()}, {machine}; {turns}."
+        head = f"{datetime.date.today().isoformat()}, {machine()}; {turns}."
         fill(README, "results", "\n".join([head, "", *lines]))
 
 

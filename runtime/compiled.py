@@ -17,6 +17,7 @@ from torch import nn
 
 from fxsplit.errors import DeviceError, PipelineError, PlanError
 from fxsplit.stage import StageModule
+from fxsplit.trace.patches import MASK_MODULES
 
 _OPTIONS = {
     "fallback_random": True,  # else Inductor draws numbers of its own
@@ -99,6 +100,7 @@ class _Compiled:
     """
 
     def __init__(self, number: int, forward: Callable[..., tuple[Any, ...]]) -> None:
+        _as_they_are(forward)
         self._forward = torch.compile(forward, dynamic=False, options=dict(_OPTIONS))
         self._number = number
 
@@ -119,3 +121,11 @@ class _Compiled:
                 found=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
                 hint="compile_stages=False runs it as it is; TORCH_LOGS=dynamo,inductor says more",
             ) from error
+
+
+def _as_they_are(forward: Callable[..., tuple[Any, ...]]) -> None:
+    """Keeps torch.compile out of functions that build masks: in it they make some that they else leave out."""
+    names = forward.__globals__  # a copy of its own, with all that the stage's graph calls
+    for name, value in names.items():
+        if getattr(value, "__module__", None) in MASK_MODULES:
+            names[name] = torch.compiler.disable(value)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fxsplit.runtime.packet import Key, Packet
 from fxsplit.runtime.report import RunReport, Span
-from fxsplit.runtime.streams import Marks, Streams, devices_of, mark, wait_for
+from fxsplit.runtime.stopwatch import CPU, moment
+from fxsplit.runtime.streams import Marks, Streams, mark, wait_for, wait_on
 from fxsplit.runtime.transport import Endpoint, wait
 from fxsplit.schedules import Action
 
@@ -89,15 +90,16 @@ class Courier:
         marks = mark(value)
 
         def work() -> None:
-            with self._encoding.current(devices_of(value)), torch.no_grad():
+            device = marks[0][0] if marks else CPU
+            with self._encoding.current(device for device, _ in marks), torch.no_grad():
                 wait_for(marks, value)
-                start = time.perf_counter()
+                start = moment(device)
                 packet = make(value)
-                end = time.perf_counter()
-                report.encoded(key, packet, start, end)
+                report.encoded(key, packet, start, moment(device))
+                handed_over_s = time.perf_counter()
                 report.add_packet(to, key, packet)
                 sent = self._endpoint.send(to, key, packet)
-            sent.add_done_callback(lambda _: self._note(to, key, packet.wire_bytes, end))
+            sent.add_done_callback(lambda _: self._note(to, key, packet.wire_bytes, handed_over_s))
 
         is_quick = is_plain and (is_small(value) or (marks and self._endpoint.is_immediate))
         job = _done(work) if is_quick else self._sender.submit(work)
@@ -168,16 +170,18 @@ class Courier:
                 value.cancel()
 
         def open_it(packet: Packet) -> None:
-            start = time.perf_counter()
             try:
                 with self._decoding.current([device]), torch.no_grad():
+                    wait_on(device, packet.marks)
+                    start = moment(device)
                     decoded = decode(packet)
                     marks: Marks = mark(decoded)
+                    end = moment(device)
             except BaseException as error:
                 value.set_exception(error)
             else:
                 with self._lock:
-                    report.decoded(key, packet, start, time.perf_counter())
+                    report.decoded(key, packet, start, end)
                 value.set_result((decoded, marks))
 
         self._endpoint.mailbox.receive(key).add_done_callback(arrived)
@@ -214,7 +218,7 @@ class Courier:
         with self._lock:
             start = max(handed_over_s, self._links_free_s.get(to, 0.0))
             end = self._links_free_s[to] = time.perf_counter()
-            self._links.append(Span.of_packet("send", key, start, end, wire_bytes, to))
+            self._links.append(Span.of_packet("send", key, wire_bytes, to).at(start, end))
 
 
 def is_small(value: Any) -> bool:

@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_all
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxsplit.errors import WorkerLost
+from fxsplit.errors import FxsplitError, WorkerLost
 from fxsplit.planning import Plan
 from fxsplit.runtime import shipping
 from fxsplit.runtime.courier import SMALL_BYTES
@@ -188,6 +189,15 @@ class Engine(Group):
         for m in range(1, len(chunks)):  # in the order of the micro-batches, as a loop would
             total = total + losses[m]
         return total, outputs
+
+    def settled_metrics(self) -> Metrics:
+        """What was measured, what GPUs did in the latest steps included; without that if a worker is lost."""
+        is_on_gpus = self._split is not None and any("cuda" in device for device in self._plan.devices)
+        if is_on_gpus and self._endpoint is not None:
+            with suppress(FxsplitError):
+                for report in self.broadcast("settle").values():
+                    self.metrics.add(report)
+        return self.metrics
 
     def optimizer_step(self, optimizer: int, options: Sequence[Mapping[str, Any]], factor: float) -> None:
         """One step of an optimizer: by all workers, or by none.

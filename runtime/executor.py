@@ -121,7 +121,7 @@ class Executor:
             return
         if action.work is Work.WEIGHT:
             saved = self._run.saved.pop((action.stage, action.micro_batch))
-            with self._report.timing(action.work, action):
+            with self._report.timing(action.work, action, self._device(action)):
                 if saved.lease is not None:
                     saved.lease.slot.finish()
                     saved.lease.release()
@@ -238,15 +238,15 @@ class Executor:
         self.shapes = ", ".join(str(TensorSpec.of(v)) for v, _ in inputs if isinstance(v, Tensor))
         ledger = self._holding.ledger
         before_bytes = ledger.live_bytes if ledger is not None else 0
-        with self._drawing(action), self._report.timing(action.work, action):
+        with self._drawing(action), self._report.timing(action.work, action, self._device(action)):
             values = dict(zip(ports.outputs, self._replay_or_run(action, inputs, saved), strict=True))
         # What is sent is read for a while: its user here, or the next micro-batch, may change it in place then.
         here = [e for e in ports.edges if self._worker_of(e.target, action.micro_batch) == self._endpoint.name]
         changing = self._holding.buffer_memory | came | memory_of(values[edge.value] for edge in here)
         for edge in ports.edges:
             value = values[edge.value]
-            is_sent = edge not in here and lies_in(value, changing)
-            self._give(edge, action, own_copy(value) if is_sent else value, backward=False)
+            is_copied = saved.lease is not None if edge in here else lies_in(value, changing)
+            self._give(edge, action, own_copy(value) if is_copied else value, backward=False)
         if grad:
             saved.values = {n: v for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad}
             self._run.saved[action.stage, action.micro_batch] = saved
@@ -342,7 +342,7 @@ class Executor:
             return
         given = tuple(i for i, name in enumerate(self._ports(action).outputs) if name in gradients)
         looking = saved.inspection.backward(given) if saved.inspection else nullcontext()
-        with self._report.timing(action.work, action), looking:
+        with self._report.timing(action.work, action, self._device(action)), looking:
             outputs = [saved.values[name] for name in gradients]
             if action.work is Work.INPUT:
                 # What is computed again would be so for each part; a compiled backward is one operation.
@@ -363,7 +363,7 @@ class Executor:
     ) -> None:
         """A recorded backward, or the first part of it."""
         index = {name: i for i, name in enumerate(self._ports(action).outputs)}
-        with self._report.timing(action.work, action):
+        with self._report.timing(action.work, action, self._device(action)):
             found = lease.slot.backward({index[name]: gradient for name, gradient in gradients.items()})
         if action.work is Work.BACKWARD:
             del self._run.saved[action.stage, action.micro_batch]
@@ -389,7 +389,7 @@ class Executor:
         target = None
         if loss.target is not None:
             target = loss.target.build({e: self._take(e, end, backward=False)[0] for e in loss.target.edges})
-        with self._report.timing("loss", action), self._surroundings.active():
+        with self._report.timing("loss", action, self._device(action)), self._surroundings.active():
             weighted, gradients = loss.gradients(m, values, waiting, target)
         self._report.losses[m] = weighted
         for edge in loss.edges:

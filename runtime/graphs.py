@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -172,12 +172,20 @@ class StageGraphs:
     def _record(self, kind: Kind, inputs: Sequence[Any], recordings: Recordings) -> Slot | None:
         recorder = self._recorders[self._devices[kind.stage]]
         torch.clear_autocast_cache()  # what it keeps belongs to other streams, too
+        self._drop(replace(kind, is_split=not kind.is_split))
         try:
             return Slot(self._stages[kind.stage], kind, inputs, recordings.given, recorder, self._buffers)
         except Exception as error:  # whatever a library does that cannot be recorded
             first_line = str(error).partition("\n")[0]
             recordings.reason = f"recording failed: {type(error).__name__}: {first_line}"
             return None
+
+    def _drop(self, kind: Kind) -> None:
+        """Frees the slots of a kind: a schedule whose backwards are in two parts took the place of another."""
+        if (recordings := self._recordings.get(kind)) is not None and recordings.free:
+            if (device := self._devices[kind.stage]).type == "cuda":
+                torch.cuda.synchronize(device)  # they may be at work
+            recordings.free.clear()
 
     def _state(self, stage: int) -> tuple[Any, ...]:
         if stage not in self._modes:

@@ -42,10 +42,16 @@ class _InProcessEndpoint:
         return self.send_all(to, [(key, packet)])
 
     def send_all(self, to: str, packets: Sequence[tuple[Key, Packet]]) -> Future[None]:
-        """Copies the payload, as a link would: what one worker does in place must not reach the other."""
+        """Copies the payload, as a link would: what one worker does in place must not reach the other.
+
+        Of what is on a GPU the receiver makes the copy, most often onto another GPU.
+        """
         for key, packet in packets:
-            copies = tuple(t.clone(memory_format=torch.preserve_format) for t in packet.payload)
-            self._peers[to].mailbox.deliver(key, replace(packet, payload=copies))
+            copies = tuple(
+                t if t.is_cuda else t.clone(memory_format=torch.preserve_format) for t in packet.payload
+            )
+            is_lent = any(t.is_cuda for t in copies)
+            self._peers[to].mailbox.deliver(key, replace(packet, payload=copies, is_lent=is_lent))
         done: Future[None] = Future()
         done.set_result(None)
         return done

@@ -47,6 +47,7 @@ class Packet:
         checksum: of key and payload, if the packet crosses a link; see `checksum_of`.
         marks: behind the work that makes the payload, if that is on a GPU; they stay in their process.
         origin: the sender, and the packet's number among all from there to its receiver, if it crosses a link.
+        is_lent: whether what is on a GPU is the sender's own memory, which the receiver must leave as it is.
     """
 
     payload: tuple[Tensor, ...]
@@ -56,6 +57,7 @@ class Packet:
     checksum: int | None = None
     marks: Marks = ()
     origin: tuple[str, int] | None = None
+    is_lent: bool = False
 
     @property
     def raw_bytes(self) -> int:
@@ -175,6 +177,8 @@ def unpack(packet: Packet, edge: Edge, backward: bool, device: torch.device, mem
         return packet.value
     codec = edge.gradient_compressor if backward else edge.compressor
     payload = brought(packet.payload, packet.marks, device)
+    if packet.is_lent:
+        payload = tuple(t.clone() if t is lent else t for t, lent in zip(payload, packet.payload, strict=True))
     return payload[0] if isinstance(codec, Lossless) else decode(codec, payload, packet.spec, memory)
 
 

@@ -151,10 +151,10 @@ class Pipeline(Saving):
 
         self._require_open()
         request.check(pytree.tree_leaves((args, kwargs)))
-        before = self.metrics.total_s
+        before = (metrics := self._engine.metrics).total_s
         result: StepResult = self._dispatch(Arguments(args, kwargs), run)
         for callback in self._callbacks:
-            callback(StepReport(self.metrics.calls, result.loss, self.metrics.total_s - before, self.metrics))
+            callback(StepReport(metrics.calls, result.loss, metrics.total_s - before, metrics))
         return result
 
     def on_step(self, callback: Callable[[StepReport], Any]) -> None:
@@ -347,8 +347,8 @@ class Pipeline(Saving):
 
     @property
     def metrics(self) -> Metrics:
-        """What was measured so far."""
-        return self._engine.metrics
+        """What was measured so far; work that GPUs still do is waited for."""
+        return self._engine.settled_metrics()
 
     def trace(self, path: str | os.PathLike[str]) -> None:
         """Writes what the latest steps really did and when, for https://ui.perfetto.dev: workers, codecs, links.

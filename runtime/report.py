@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fxsplit.runtime.packet import Key, Packet
+from fxsplit.runtime.stopwatch import CPU, Moment, Untimed, moment
 from fxsplit.runtime.streams import Marks
 from fxsplit.schedules import Action
 
@@ -24,7 +25,7 @@ class Span(NamedTuple):
         source: the stage at work, or the one that the packet comes from.
         target: the same stage, or the one that it goes to.
         micro_batch: of the batch.
-        start_s: by the worker's `time.perf_counter`.
+        start_s: by the worker's `time.perf_counter`; of what a GPU does, when it did it.
         end_s: the same.
         wire_bytes: of the packet.
         peer: the worker that it goes to; "" if it stays.
@@ -34,21 +35,28 @@ class Span(NamedTuple):
     source: int
     target: int
     micro_batch: int
-    start_s: float
-    end_s: float
+    start_s: float = 0.0
+    end_s: float = 0.0
     wire_bytes: int = 0
     peer: str = ""
 
     @classmethod
-    def of_packet(cls, kind: str, key: Key, start_s: float, end_s: float, wire_bytes: int, peer: str = "") -> Span:
-        """A span of a packet, whose gradients go the other way than its values."""
+    def of_packet(cls, kind: str, key: Key, wire_bytes: int, peer: str = "") -> Span:
+        """A span of a packet, whose gradients go the other way than its values; its times are still to be set."""
         source, target = (key.target, key.source) if key.backward else (key.source, key.target)
-        return cls(kind, source, target, key.micro_batch, start_s, end_s, wire_bytes, peer)
+        return cls(kind, source, target, key.micro_batch, wire_bytes=wire_bytes, peer=peer)
+
+    def at(self, start_s: float, end_s: float) -> Span:
+        """The span with its times."""
+        return self._replace(start_s=start_s, end_s=end_s)
 
     @property
     def seconds(self) -> float:
         """How long it was."""
         return self.end_s - self.start_s
+
+
+_OWN_SUMS = frozenset({"encode", "decode", "wait", "reduce"})
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,8 @@ class LinkTraffic:
 class RunReport:
     """What one worker measured in one phase of a step, in seconds of its own clock.
 
-    The threads that encode and decode write into it beside the one that computes, each what is its own.
+    What GPUs did is known later: `Stopwatch` keeps that, and a report has it of an earlier phase. The threads
+    that encode and decode write into it beside the one that computes, each what is its own.
 
     Attributes:
         worker: its name.
@@ -95,6 +104,7 @@ class RunReport:
         reduce_s: seconds of the all-reduce of a replica's gradients, waiting for the other replicas included.
         traffic: what it sent, by (receiver, backward).
         spans: what it did when.
+        untimed: what GPUs do, with the moments at which they do it; empty in a report that is sent.
         losses: by micro-batch, weighted, if the loss is made here.
         notes: what the user is to be told, once.
         marks: behind the work that makes them, if they are on a GPU of this process.
@@ -112,6 +122,7 @@ class RunReport:
     reduce_s: float = 0.0
     traffic: dict[tuple[str, bool], LinkTraffic] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
+    untimed: list[Untimed[Span]] = field(default_factory=list)
     losses: dict[int, Tensor] = field(default_factory=dict)
     marks: Marks = ()
     notes: list[str] = field(default_factory=list)
@@ -121,31 +132,43 @@ class RunReport:
     stage_bytes: dict[int, int] = field(default_factory=dict)
 
     @contextmanager
-    def timing(self, kind: str, action: Action) -> Iterator[None]:
-        """What is inside is an action's, or its "wait" or "loss"; or the "reduce" at the end of a step."""
-        start = time.perf_counter()
+    def timing(self, kind: str, action: Action, device: torch.device = CPU) -> Iterator[None]:
+        """What is inside is an action's, or its "wait" or "loss"; or the "reduce" at the end of a step.
+
+        Args:
+            kind: of the span.
+            action: that it belongs to.
+            device: that does it, on its current stream.
+        """
+        start = moment(device)
         try:
             yield
         finally:
-            end = time.perf_counter()
-            what = f"{kind}_s" if kind in ("wait", "reduce") else "compute_s"
+            self.add(Span(kind, action.stage, action.stage, action.micro_batch), start, moment(device))
+
+    def add(self, span: Span, start: Moment, end: Moment) -> None:
+        """Adds something that took time, once it is known how much."""
+        if isinstance(start, float):
+            assert isinstance(end, float)
+            what = f"{span.kind}_s" if span.kind in _OWN_SUMS else "compute_s"
             setattr(self, what, getattr(self, what) + end - start)
-            self.spans.append(Span(kind, action.stage, action.stage, action.micro_batch, start, end))
+            self.spans.append(span.at(start, end))
+        else:
+            assert not isinstance(end, float)
+            self.untimed.append((span, start, end))
 
     def kept(self, stage: int, micro_batches: int, own_bytes: int) -> None:
         """A forward is done: what is kept of its stage, and the bytes that this micro-batch has added."""
         self.live_micro_batches[stage] = max(self.live_micro_batches.get(stage, 0), micro_batches)
         self.stage_bytes[stage] = max(self.stage_bytes.get(stage, 0), own_bytes)
 
-    def encoded(self, key: Key, packet: Packet, start_s: float, end_s: float) -> None:
+    def encoded(self, key: Key, packet: Packet, start: Moment, end: Moment) -> None:
         """A packet was encoded."""
-        self.encode_s += end_s - start_s
-        self.spans.append(Span.of_packet("encode", key, start_s, end_s, packet.wire_bytes))
+        self.add(Span.of_packet("encode", key, packet.wire_bytes), start, end)
 
-    def decoded(self, key: Key, packet: Packet, start_s: float, end_s: float) -> None:
+    def decoded(self, key: Key, packet: Packet, start: Moment, end: Moment) -> None:
         """A packet was decoded."""
-        self.decode_s += end_s - start_s
-        self.spans.append(Span.of_packet("decode", key, start_s, end_s, packet.wire_bytes))
+        self.add(Span.of_packet("decode", key, packet.wire_bytes), start, end)
 
     def add_packet(self, to: str, key: Key, packet: Packet) -> None:
         """Counts a packet that is sent to a worker."""

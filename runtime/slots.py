@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from fxsplit.errors import PipelineError
+from fxsplit.runtime.out_of_place import out_of_place
 from fxsplit.runtime.packet import GradientTap
 from fxsplit.runtime.recording import Recorder
 from fxsplit.runtime.shared_memory import own_copy
@@ -38,7 +39,12 @@ class GradientBuffers:
 
     def of(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         """One buffer a parameter; they are made at the first call, which must not be recorded."""
-        return [self._buffers.setdefault(id(p), torch.zeros_like(p, requires_grad=False)) for p in parameters]
+        found = []
+        for parameter in parameters:
+            if (buffer := self._buffers.get(id(parameter))) is None:
+                buffer = self._buffers[id(parameter)] = torch.zeros_like(parameter, requires_grad=False)
+            found.append(buffer)
+        return found
 
     def take_over(self, parameters: Sequence[nn.Parameter]) -> None:
         """Makes the buffers the parameters' gradients, with the gradients' present numbers."""
@@ -127,7 +133,7 @@ class Slot:
         self._parts: list[Callable[[], None]] = []
         self._split: SplitBackward | None = None
         self._pool = recorder.new_pool()
-        with kind.surroundings.active():
+        with kind.surroundings.active(), out_of_place(module):
             self._forward = recorder.record(self._run_forward, self._pool)
         if kind.surroundings.grad and self._given:
             self._record_backward(recorder)
@@ -135,13 +141,18 @@ class Slot:
             self._let_go()
 
     def forward(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """The values that leave the stage, in tensors of their own."""
+        """The values that leave the stage.
+
+        Those whose gradients will come are the slot's own, and stay as they are until then, when nobody reads them
+        any more; the others are in tensors of their own.
+        """
         for own, value in zip(self._inputs, inputs, strict=True):
             if isinstance(own, Tensor):
                 own.copy_(value)
         with self._kind.surroundings.active():
             self._forward()
-        return tuple(own_copy(value) for value in self._outputs)
+        given = self._given if self._kind.surroundings.grad else ()
+        return tuple(v if i in given else own_copy(v) for i, v in enumerate(self._outputs))
 
     def backward(self, gradients: Mapping[int, Tensor]) -> list[Tensor | None]:
         """Adds to the gradients of the parameters, or leaves that to `finish` if it is in two parts.

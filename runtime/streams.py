@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -39,13 +39,16 @@ class Streams:
                 self._streams[device] = torch.cuda.Stream(device)
             return self._streams[device]
 
-    @contextmanager
-    def current(self, devices: Iterable[torch.device]) -> Iterator[None]:
+    def current(self, devices: Iterable[torch.device]) -> AbstractContextManager[None]:
         """Within, these are the current streams of those devices that are CUDA's."""
+        gpus = dict.fromkeys(indexed(device) for device in devices if device.type == "cuda")
+        return self._entered(gpus) if gpus else nullcontext()
+
+    @contextmanager
+    def _entered(self, gpus: Iterable[torch.device]) -> Iterator[None]:
         with ExitStack() as stack:
-            for device in dict.fromkeys(devices):
-                if device.type == "cuda":
-                    stack.enter_context(torch.cuda.stream(self.of(indexed(device))))
+            for device in gpus:
+                stack.enter_context(torch.cuda.stream(self.of(device)))
             yield
 
     def join(self) -> None:
@@ -91,16 +94,28 @@ def indexed(device: torch.device) -> torch.device:
     return device
 
 
-def devices_of(value: Any) -> list[torch.device]:
-    """The CUDA devices of the tensors in a value."""
+def _on_gpus(value: Any) -> list[Tensor]:
+    """The tensors on GPUs in a value."""
     if isinstance(value, Tensor):
-        return [value.device] if value.is_cuda else []
-    return list(dict.fromkeys(t.device for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.is_cuda))
+        return [value] if value.is_cuda else []
+    if type(value) is tuple or type(value) is list:  # most often: pytree takes longer
+        return [tensor for item in value for tensor in _on_gpus(item)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return []
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_cuda]
 
 
 def mark(value: Any) -> Marks:
     """Marks behind what is queued now on the current streams of the devices of a value."""
-    return tuple((device, torch.cuda.current_stream(device).record_event()) for device in devices_of(value))
+    devices = dict.fromkeys(tensor.device for tensor in _on_gpus(value))
+    return tuple((device, torch.cuda.current_stream(device).record_event()) for device in devices)
+
+
+def wait_on(device: torch.device, marks: Marks) -> None:
+    """Lets the current stream of a device wait for marks, be they of other devices."""
+    if device.type == "cuda":
+        for _, event in marks:
+            torch.cuda.current_stream(device).wait_event(event)
 
 
 def wait_for(marks: Marks, value: Any) -> None:
@@ -109,9 +124,8 @@ def wait_for(marks: Marks, value: Any) -> None:
         return
     for device, event in marks:
         torch.cuda.current_stream(device).wait_event(event)
-    for tensor in pytree.tree_leaves(value):
-        if isinstance(tensor, Tensor) and tensor.is_cuda:
-            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    for tensor in _on_gpus(value):
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def brought(payload: Sequence[Tensor], marks: Marks, device: torch.device) -> tuple[Tensor, ...]:

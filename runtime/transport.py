@@ -101,10 +101,16 @@ class Mailbox:
     def receive(self, key: Key) -> Future[Packet]:
         """The packet, now or when it comes."""
         with self._lock:
-            slot = self._slots.setdefault(key, Arrival(self._fetch))
+            slot = self._slot(key)
             if key.run in self._aborted and not slot.done():
                 slot.set_exception(PipelineError(self._aborted[key.run]))
             return slot
+
+    def _slot(self, key: Key) -> Future[Any]:
+        """Of a packet that came or will."""
+        if (slot := self._slots.get(key)) is None:
+            slot = self._slots[key] = Arrival(self._fetch)
+        return slot
 
     def deliver(self, key: Key, packet: Packet) -> None:
         """Puts a packet in its slot, or refuses it.
@@ -118,7 +124,7 @@ class Mailbox:
                 return
             if key.run in self._aborted:
                 return  # it was under way when the run was given up
-            slot = self._slots.setdefault(key, Arrival(self._fetch))
+            slot = self._slot(key)
             if key.run in self._over or slot.done() or key in self._taken.get(key.run, ()):
                 self.refused += 1
                 if not slot.done():
@@ -130,7 +136,7 @@ class Mailbox:
         """What came is not what was sent: whoever waits for it gets an error."""
         with self._lock:
             self.refused += 1
-            slot = self._slots.setdefault(key, Arrival(self._fetch))
+            slot = self._slot(key)
         if not slot.done():
             slot.set_exception(PipelineError(reason))
 

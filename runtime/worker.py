@@ -32,10 +32,11 @@ from fxsplit.runtime.precision import check_autocast
 from fxsplit.runtime.pulse import Pulse
 from fxsplit.runtime.randomness import Randomness
 from fxsplit.runtime.replication import Replication, digest_of
-from fxsplit.runtime.report import RunReport
+from fxsplit.runtime.report import RunReport, Span
 from fxsplit.runtime.run_state import RunState
 from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.stage_options import StageOptions
+from fxsplit.runtime.stopwatch import Stopwatch
 from fxsplit.runtime.streams import Pace, mark
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.runtime.undo import Undo
@@ -64,6 +65,7 @@ class Worker:
         self._guarded: Set[Mode] = frozenset()
         self._undo = Undo(0)
         self._pace = Pace(())
+        self._stopwatch: Stopwatch[Span] = Stopwatch()
         self._parameters = ParameterStore()
         self._replication: Replication | None = None
         self._imitation = Imitation()
@@ -80,6 +82,7 @@ class Worker:
             "discard": self.discard,
             "state": self.state,
             "clock": time.perf_counter,
+            "settle": self.settle,
             "count_memory": self.count_memory,
             "digest": lambda: digest_of(self._holding.stages),
             "echo": lambda _, reply_bytes: torch.zeros(reply_bytes, dtype=torch.uint8),  # of `probe`
@@ -225,6 +228,9 @@ class Worker:
                 self._endpoint.mailbox.finish(number)
         self._pace.end()
         report.spans += self._courier.links()
+        untimed, report.untimed = report.untimed, []
+        for timed in self._stopwatch.settle(untimed):
+            report.add(*timed)
         if self._holding.graphs is not None:
             report.notes = self._holding.graphs.notes()
         if self._endpoint.is_immediate or self._endpoint.name == CLIENT_NAME:
@@ -232,6 +238,13 @@ class Worker:
         else:
             report.losses = {m: loss.cpu() for m, loss in report.losses.items()}
         report.peak_memory_bytes = peak_memory_bytes(self._holding.devices.values())
+        return report
+
+    def settle(self) -> RunReport:
+        """What GPUs did in the latest runs; waits for them."""
+        report = RunReport(self._endpoint.name)
+        for timed in self._stopwatch.finish():
+            report.add(*timed)
         return report
 
     def _begin_replication(self, number: int, actions: Sequence[Action], is_step: bool) -> None:

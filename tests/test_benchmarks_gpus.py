@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpus.__main__ import table
-from benchmarks.gpus.balance import balanced_cuts, partition
+from benchmarks.gpus.balance import fastest_cuts, partition
 from benchmarks.gpus.contenders import CONTENDERS, Contender
 from benchmarks.gpus.plot import draw
 from benchmarks.gpus.tasks import TASKS
@@ -21,8 +21,14 @@ def test_cuts_are_where_the_stages_take_equally_long() -> None:
     assert partition([4.0, 1.0, 1.0, 2.0], 2) == [1]
     assert partition([1.0] * 12, 4) == [3, 6, 9]
     assert partition([5.0, 1.0, 1.0], 3) == [1, 2]
-    assert balanced_cuts(["a", "b", "c"], [1.0, 1.0, 5.0, 1.0], 2) == ["b"]
-    assert balanced_cuts(["a", "b", "c"], [], 4) == ["a", "b", "c"]
+    assert fastest_cuts(["a", "b", "c"], [], 4, 2, "gpipe") == ["a", "b", "c"]
+
+
+def test_cuts_are_moved_as_long_as_the_simulated_step_gets_shorter() -> None:
+    """12 equal blocks, 4 stages, 4 micro-batches: a short first and last stage fill and drain sooner."""
+    blocks = [str(i) for i in range(1, 12)]
+    assert fastest_cuts(blocks, [], 4, 4, "gpipe") == ["2", "6", "10"]
+    assert fastest_cuts(blocks, [], 4, 2, "gpipe") == ["3", "6", "9"]
 
 
 def test_contenders_are_spelled_and_fit_their_tasks() -> None:

@@ -34,7 +34,7 @@ CODECS = (
     "kmeans4",
     "topk(ratio=0.1)",
     "poweriter(rank=3)",
-    "convinsert(ratio=0.097)",
+    "convinsert(ratio=0.097) then insertlinear(ratio=0.097)",
     "uniform8+zstd",
 )
 app = typer.Typer(add_completion=False, help=__doc__)

@@ -2,7 +2,8 @@
 
 python -m benchmarks.cpu_gpu.client COMPRESSOR BATCH SIZE CHUNKS [--cpu]
 
-The compressor `chosen` is what the planner chooses for each edge, from what it measures here first.
+A compressor is a spelling, or one for each of the two cuts with " then " between them; `chosen` is what the
+planner chooses for each edge, from what it measures here first.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def main(codec: str, batch: int, size: int, chunks: int, server: str) -> None:
     if codec == CHOSEN:
         options["plan"] = chosen(model, x, server, chunks)
     else:
-        options |= {"cuts": CUTS, "chunks": chunks, "compressor": codec}
+        codecs = codec.split(" then ")
+        options |= {"cuts": CUTS, "chunks": chunks, "compressor": codecs if len(codecs) > 1 else codec}
     with fxsplit.compile(model, ["cpu", server, "cpu"], **options) as pipe:
         optimizer = pipe.optimizer(torch.optim.SGD, lr=LEARNING_RATE, momentum=MOMENTUM)
         say(ready=True)

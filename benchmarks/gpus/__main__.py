@@ -34,7 +34,7 @@ def run(
     tasks: Annotated[str, typer.Option(help=f"Some of {', '.join(CONTENDERS)}.")] = ",".join(CONTENDERS),
     rounds: Annotated[int, typer.Option(min=1, help="Blocks of steps of each contender.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Of a block.")] = 20,
-    warm_up: Annotated[int, typer.Option(min=1, help="Steps that are not counted.")] = 8,
+    warm_up: Annotated[int, typer.Option(min=1, help="Steps that are not counted.")] = 20,
     only: Annotated[str, typer.Option(help="Contenders instead, such as 'kind=ddp;kind=fxsplit,stages=4'.")] = "",
     limit_s: Annotated[float, typer.Option(help="For all of it; what is left out then is said.")] = 290.0,
     trace: Annotated[Path | None, typer.Option(help="A folder for traces of fxsplit's best.")] = None,
@@ -127,7 +127,7 @@ def block_flags(name: str, flags: Sequence[str]) -> list[str]:
         return []
     finally:
         measuring.end()
-    return ["--blocks=" + ",".join(f"{value:.3e}" for value in seconds)]
+    return ["--blocks=" + ",".join(f"{forward:.3e}:{backward:.3e}" for forward, backward in seconds)]
 
 
 def row(contender: Contender, one: Running, batch: int) -> dict[str, Any]:

@@ -1,14 +1,19 @@
-"""Where to cut a chain of blocks so that the stages take equally long."""
+"""Where to cut a chain of blocks so that a step is as short as its simulation says it can be."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, combinations, pairwise, product
 
 import torch
 from torch import Tensor, nn
 
+from fxsplit.schedules import StageTimes, Times, schedule, simulate
+
 from .tasks import Task
+
+WEIGHT_SHARE = 0.3
+"""Of a backward what gradients of weights take, where it is in two parts: a guess for both kinds of models."""
 
 
 def partition(costs: Sequence[float], parts: int) -> list[int]:
@@ -38,7 +43,7 @@ def partition(costs: Sequence[float], parts: int) -> list[int]:
     return cuts
 
 
-def block_seconds(task: Task, device: torch.device, repeats: int = 3) -> list[float]:
+def block_seconds(task: Task, device: torch.device, repeats: int = 3) -> list[tuple[float, float]]:
     """Seconds of each part of the model between two places for a cut, forward and backward, on a device.
 
     The parts are told apart by hooks on the blocks. A large batch is used, so that kernels are measured and not
@@ -70,7 +75,7 @@ def block_seconds(task: Task, device: torch.device, repeats: int = 3) -> list[fl
 
     for index in range(len(task.blocks)):
         watch(index)
-    found: list[list[float]] = []
+    found: list[list[tuple[float, float]]] = []
     with torch.cuda.device(device):
         for _ in range(repeats + 1):
             forward.clear()
@@ -83,21 +88,64 @@ def block_seconds(task: Task, device: torch.device, repeats: int = 3) -> list[fl
             torch.cuda.synchronize(device)
             there = [start, *forward, middle]
             back = [end, *(backward[i] for i in range(len(task.blocks))), middle]
-            seconds = [a.elapsed_time(b) / 1e3 for a, b in pairwise(there)]
-            found.append([s + b.elapsed_time(a) / 1e3 for s, (a, b) in zip(seconds, pairwise(back), strict=True)])
+            forwards = [a.elapsed_time(b) / 1e3 for a, b in pairwise(there)]
+            backwards = [b.elapsed_time(a) / 1e3 for a, b in pairwise(back)]
+            found.append(list(zip(forwards, backwards, strict=True)))
     for handle in handles:
         handle.remove()
     model.zero_grad(set_to_none=True)
-    return [min(values) for values in zip(*found[1:], strict=True)]
+    return [min(values, key=sum) for values in zip(*found[1:], strict=True)]
 
 
-def balanced_cuts(blocks: Sequence[str], seconds: Sequence[float], stages: int) -> list[str]:
+def fastest_cuts(
+    blocks: Sequence[str],
+    seconds: Sequence[tuple[float, float]],
+    stages: int,
+    chunks: int,
+    schedule_name: str,
+    devices: int = 2,
+) -> list[str]:
     """The modules at which the stages but the first begin.
 
+    From equally long stages on, one cut or two are moved by a block as long as the simulated step gets shorter: a
+    first and a last stage that are shorter than the others fill and drain a pipeline sooner.
+
     Args:
-        blocks: where one may begin.
-        seconds: of the parts between them; none: as if all took equally long.
-        stages: at most one more than there are blocks.
+        blocks: where a stage may begin.
+        seconds: of the parts between them, forward and backward; none: as if all took equally long.
+        stages: at most one more than there are blocks; dealt out to the devices in turn.
+        chunks: micro-batches.
+        schedule_name: of fxsplit.
+        devices: how many.
     """
-    costs = list(seconds) or [1.0] * (len(blocks) + 1)
-    return [blocks[first - 1] for first in partition(costs, stages)]
+    parts = list(seconds) or [(1.0, 2.0)] * (len(blocks) + 1)
+    workers = [f"worker {stage % devices}" for stage in range(stages)]
+
+    def step_s(cuts: Sequence[int]) -> float:
+        times = Times(tuple(_stage(parts[a:b]) for a, b in pairwise([0, *cuts, len(parts)])))
+        return simulate(schedule(schedule_name).orders(workers, chunks, times), workers, times).step_s
+
+    best = partition([sum(part) for part in parts], stages)
+    best_s = step_s(best)
+    while True:
+        found_s, found = min(((step_s(cuts), cuts) for cuts in _near(best, len(parts))), default=(best_s, best))
+        if found_s >= best_s:
+            return [blocks[first - 1] for first in best]
+        best_s, best = found_s, found
+
+
+def _stage(parts: Sequence[tuple[float, float]]) -> StageTimes:
+    forward_s, backward_s = (sum(column) for column in zip(*parts, strict=True))
+    return StageTimes(forward_s, backward_s * (1.0 - WEIGHT_SHARE), backward_s * WEIGHT_SHARE)
+
+
+def _near(cuts: Sequence[int], count: int) -> Iterator[list[int]]:
+    """Cuts of which one or two are moved by one."""
+    indices = range(len(cuts))
+    for moved in [*combinations(indices, 1), *combinations(indices, 2)]:
+        for steps in product((-1, 1), repeat=len(moved)):
+            near = list(cuts)
+            for index, by in zip(moved, steps, strict=True):
+                near[index] += by
+            if all(a < b for a, b in pairwise([0, *near, count])):
+                yield near

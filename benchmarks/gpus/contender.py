@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fxsplit
 
-from .balance import balanced_cuts, block_seconds
+from .balance import block_seconds, fastest_cuts
 from .contenders import Contender
 from .tasks import LEARNING_RATE, MOMENTUM, TASKS, Task
 
@@ -93,11 +93,11 @@ def peer(task: Task, contender: Contender, device: torch.device, rank: int) -> S
 
 
 def pipeline_of_fxsplit(
-    task: Task, contender: Contender, devices: list[str], seconds: list[float], stack: ExitStack
+    task: Task, contender: Contender, devices: list[str], seconds: list[tuple[float, float]], stack: ExitStack
 ) -> Step:
     """fxsplit, all in one process: its client drives the first GPU, a worker thread the second."""
     home = torch.device(devices[0])
-    cuts = balanced_cuts(task.blocks, seconds, contender.stages)
+    cuts = fastest_cuts(task.blocks, seconds, contender.stages, contender.chunks, contender.schedule)
     inputs: dict[str, Any] = {name: value.to(home) for name, value in task.inputs.items()}
     target = task.target.to(home)
     pipe = stack.enter_context(
@@ -164,7 +164,11 @@ def profile(step: Step, settle: Step, path: str) -> None:
 
 
 def main(
-    name: str, described: str, place: Sequence[int], has_gpus: bool = True, seconds: Sequence[float] = ()
+    name: str,
+    described: str,
+    place: Sequence[int],
+    has_gpus: bool = True,
+    seconds: Sequence[tuple[float, float]] = (),
 ) -> None:
     """Sets up, says so, and serves."""
     warnings.simplefilter("ignore")
@@ -200,7 +204,8 @@ if __name__ == "__main__":
         given = sys.argv[1:]
         numbers = [int(value) for value in given[2:4] if value.isdigit()]
         measured = [flag.removeprefix("--blocks=") for flag in given if flag.startswith("--blocks=")]
-        seconds = tuple(float(value) for value in measured[0].split(",")) if measured else ()
+        pairs = [part.split(":") for part in measured[0].split(",")] if measured else []
+        seconds = [(float(forward), float(backward)) for forward, backward in pairs]
         main(given[0], given[1], numbers, has_gpus="--cpu" not in given, seconds=seconds)
     except BaseException as error:
         traceback.print_exc()

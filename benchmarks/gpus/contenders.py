@@ -70,22 +70,22 @@ CONTENDERS: Mapping[str, Sequence[Contender]] = {
     "mobilenet-64": (
         *BASE,
         Contender("torch", chunks=4),
-        Contender("fxsplit", 2, 2, cuda_graphs=False),
-        *(Contender("fxsplit", stages, chunks) for stages, chunks in ((2, 2), (4, 2), (4, 4))),
-        Contender("fxsplit", 4, 4, "zero-bubble"),
+        Contender("fxsplit", 4, 2, cuda_graphs=False),
+        *(Contender("fxsplit", stages, 2) for stages in (4, 6)),
+        *(Contender("fxsplit", stages, chunks, "auto") for stages, chunks in ((4, 2), (6, 2), (4, 4))),
     ),
     "mobilenet-256": (
         *BASE,
         Contender("torch", chunks=4),
-        *(Contender("fxsplit", stages, chunks) for stages, chunks in ((4, 4), (6, 4), (8, 4), (4, 8))),
-        Contender("fxsplit", 4, 4, "zero-bubble"),
+        *(Contender("fxsplit", stages, 4) for stages in (4, 6)),
+        *(Contender("fxsplit", stages, chunks, "auto") for stages, chunks in ((6, 2), (4, 4), (6, 4))),
     ),
     "roberta-32": (
         *BASE,
         Contender("torch", chunks=4),
         Contender("fxsplit", 4, 2, cuda_graphs=False),
-        *(Contender("fxsplit", stages, chunks) for stages, chunks in ((4, 2), (6, 2), (12, 2))),
-        Contender("fxsplit", 4, 4, "zero-bubble"),
+        *(Contender("fxsplit", stages, 2) for stages in (6, 8)),
+        *(Contender("fxsplit", stages, chunks, "auto") for stages, chunks in ((4, 2), (8, 2), (4, 4))),
     ),
 }
 """By task."""

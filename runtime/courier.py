@@ -87,9 +87,15 @@ class Courier:
             done when it is encoded and handed to the transport.
         """
 
-        marks = mark(value)
+        is_queued = is_plain and isinstance(value, Tensor) and value.is_cuda and self._endpoint.is_immediate
+        marks = () if is_queued else mark(value)
 
         def work() -> None:
+            if is_queued:
+                packet = make(value)
+                report.add_packet(to, key, packet)
+                self._endpoint.send(to, key, packet)
+                return
             device = marks[0][0] if marks else CPU
             with self._encoding.current(device for device, _ in marks), torch.no_grad():
                 wait_for(marks, value)
@@ -101,8 +107,7 @@ class Courier:
                 sent = self._endpoint.send(to, key, packet)
             sent.add_done_callback(lambda _: self._note(to, key, packet.wire_bytes, handed_over_s))
 
-        is_quick = is_plain and (is_small(value) or (marks and self._endpoint.is_immediate))
-        job = _done(work) if is_quick else self._sender.submit(work)
+        job = _done(work) if is_queued or (is_plain and is_small(value)) else self._sender.submit(work)
         self._sending.append((action, job))
         return job
 
@@ -170,13 +175,14 @@ class Courier:
                 value.cancel()
 
         def open_it(packet: Packet) -> None:
+            clock = CPU if is_plain else device  # a copy alone is not measured: its events take longer to queue
             try:
                 with self._decoding.current([device]), torch.no_grad():
-                    wait_on(device, packet.marks)
-                    start = moment(device)
+                    wait_on(clock, packet.marks)
+                    start = moment(clock)
                     decoded = decode(packet)
                     marks: Marks = mark(decoded)
-                    end = moment(device)
+                    end = moment(clock)
             except BaseException as error:
                 value.set_exception(error)
             else:

@@ -301,6 +301,8 @@ class Executor:
         stage, device, randomness = action.stage, self._holding.devices[action.stage], self._run.randomness
         if randomness is None:
             yield
+        elif randomness.seed is not None and not self._ports(action).draws_random_numbers:
+            yield  # the generators are everybody's: stages of one process wait for each other
         elif randomness.seed is not None:
             with seeded(randomness.stage_seed(stage, action.micro_batch), device):
                 yield

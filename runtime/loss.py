@@ -105,7 +105,8 @@ class Loss:
         loss = self.function(output) if self.target is None else self.function(output, target)
         check_loss(loss)
         weighted = loss * self.weights[micro_batch]
-        (weighted if self.scale == 1.0 else weighted * self.scale).backward()
+        with torch.autograd.set_multithreading_enabled(False):  # on a GPU another thread would have to be woken
+            (weighted if self.scale == 1.0 else weighted * self.scale).backward()
         return weighted.detach(), {edge: tap.gradient for edge, tap in taps.items()}
 
 

@@ -25,10 +25,12 @@ class GpuMoment:
 
     Attributes:
         device: the GPU.
-        event: with timing, on the stream that was current.
+        stream: that was current.
+        event: with timing, on that stream.
     """
 
     device: torch.device
+    stream: torch.cuda.Stream
     event: torch.cuda.Event
 
 
@@ -40,9 +42,9 @@ def moment(device: torch.device) -> Moment:
     """Now; on a GPU: as soon as the work is done that is queued on its current stream."""
     if device.type != "cuda":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return GpuMoment(indexed(device), event)
+    event, stream = torch.cuda.Event(enable_timing=True), torch.cuda.current_stream(device)
+    event.record(stream)
+    return GpuMoment(indexed(device), stream, event)
 
 
 Item = TypeVar("Item")
@@ -65,7 +67,7 @@ class Stopwatch(Generic[Item]):
         """Takes a run, all of which is queued; returns the times of the first that is left, if it is done."""
         if items := list(run):
             self._runs.append(items)
-        if self._runs and all(end.event.query() for _, _, end in self._runs[0]):
+        if self._runs and all(event.query() for event in _last_events(self._runs[0])):
             return self._timed(self._runs.popleft())
         return []
 
@@ -73,8 +75,8 @@ class Stopwatch(Generic[Item]):
         """The times of all that is left; waits for the GPUs."""
         found: list[Timed[Item]] = []
         while self._runs:
-            for _, _, end in self._runs[0]:
-                end.event.synchronize()
+            for event in _last_events(self._runs[0]):
+                event.synchronize()
             found += self._timed(self._runs.popleft())
         return found
 
@@ -93,3 +95,8 @@ class Stopwatch(Generic[Item]):
             self._origins[at.device] = event, time.perf_counter()
         event, seconds = self._origins[at.device]
         return seconds + float(event.elapsed_time(at.event)) / 1e3
+
+
+def _last_events(run: Iterable[Untimed[Item]]) -> Iterable[torch.cuda.Event]:
+    """Of each stream the last one: when it is done, so are those before."""
+    return {end.stream: end.event for _, _, end in run}.values()

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fxsplit.runtime.undo import Copies
+
 
 @dataclass(frozen=True)
 class Before:
     """A worker's part of an optimizer as it was before a step.
 
-    The copies live from the step to its commit, when the activations of the batch are gone already.
+    Large copies live from the step to its commit, when the activations of the batch are gone already.
 
     Attributes:
         optimizer: whose.
@@ -31,12 +33,13 @@ class Before:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, optimizer: Optimizer, with_gradients: bool) -> Before:
+    def of(cls, optimizer: Optimizer, with_gradients: bool, copies: Copies) -> Before:
         """Notes everything that a step of this optimizer changes.
 
         Args:
             optimizer: before its step.
             with_gradients: whether gradients are changed, too.
+            copies: where it is copied.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         state = {p: dict(optimizer.state[p]) for p in parameters if p in optimizer.state}
@@ -44,11 +47,8 @@ class Before:
         changing += [value for entry in state.values() for value in entry.values() if isinstance(value, Tensor)]
         if with_gradients:
             changing += [p.grad for p in parameters if p.grad is not None]
-        copies = [torch.empty_like(tensor) for tensor in changing]
-        if changing:
-            torch._foreach_copy_(copies, changing)
         options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        return cls(optimizer, list(zip(changing, copies, strict=True)), state, options)
+        return cls(optimizer, list(zip(changing, copies.of(changing), strict=True)), state, options)
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -70,10 +70,11 @@ class Transaction:
     def __init__(self) -> None:
         self._step = 0
         self._before: Before | None = None
+        self._copies = Copies()
 
     def begin(self, step: int, optimizer: Optimizer, with_gradients: bool) -> None:
         """Prepares a step. A step that was prepared before is committed: the client would not go on otherwise."""
-        self._step, self._before = step, Before.of(optimizer, with_gradients)
+        self._step, self._before = step, Before.of(optimizer, with_gradients, self._copies)
 
     def commit(self, step: int) -> None:
         """All workers have prepared this step."""

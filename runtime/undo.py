@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +9,35 @@ import torch
 from torch import Tensor, nn
 
 from fxsplit.runtime.host_random import HostRandom
+
+
+class Copies:
+    """Copies of tensors, time after time into the same memory if they are small and the tensors the same.
+
+    On a GPU making and freeing hundreds of tensors takes the host longer than copying takes the GPU.
+    """
+
+    KEPT_BYTES = 64 << 20
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._copies: list[Tensor] = []
+
+    @torch.no_grad()
+    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """A copy of each; the copies that were made before may change."""
+        if len(tensors) != len(self._tensors) or any(
+            one is not other or one.shape != copy.shape
+            for one, other, copy in zip(tensors, self._tensors, self._copies, strict=True)
+        ):
+            is_kept = sum(tensor.nbytes for tensor in tensors) <= self.KEPT_BYTES
+            copies = [torch.empty_like(tensor) for tensor in tensors]
+            self._tensors, self._copies = (list(tensors), copies) if is_kept else ([], [])
+        else:
+            copies = self._copies
+        if copies:
+            torch._foreach_copy_(copies, list(tensors))
+        return copies
 
 
 @dataclass(frozen=True)
@@ -36,17 +64,24 @@ class Undo:
         stages: Iterable[nn.Module],
         with_gradients: bool,
         with_host: bool,
-        with_buffers: bool = True,
+        copied: Copies | None = None,
     ) -> Undo:
-        """Copies what a run may change. Gradients that are not there, as after `zero_grad`, cost nothing."""
+        """Copies what a run may change. Gradients that are not there, as after `zero_grad`, cost nothing.
+
+        Args:
+            number: of the run.
+            stages: that it may change.
+            with_gradients: whether it may change gradients, too.
+            with_host: whether it may draw random numbers of Python and numpy.
+            copied: where buffers are copied; None: they are not.
+        """
         stages = list(stages)
         parameters = [p for stage in stages for p in stage.parameters()] if with_gradients else []
-        buffers = [buffer for stage in stages for buffer in stage.buffers()] if with_buffers else []
-        with_gradient = [p for p in parameters if p.grad is not None]
-        copies = iter(_copies([p.grad for p in with_gradient if p.grad is not None]))
+        buffers = [buffer for stage in stages for buffer in stage.buffers()] if copied is not None else []
+        copies = iter(Copies().of([p.grad for p in parameters if p.grad is not None]))
         return cls(
             number,
-            list(zip(buffers, _copies(buffers), strict=True)),
+            list(zip(buffers, copied.of(buffers), strict=True)) if copied is not None else [],
             [(p, None if p.grad is None else next(copies)) for p in parameters],
             HostRandom() if with_host else None,
         )
@@ -54,7 +89,7 @@ class Undo:
     @classmethod
     def of_backward(cls, number: int, stages: Iterable[nn.Module], before: Undo) -> Undo:
         """What `before`, of the same run's forward, has copied, and the gradients."""
-        gradients = cls.of(number, stages, True, False, with_buffers=False).gradients
+        gradients = cls.of(number, stages, True, False).gradients
         known = before if before.number == number else cls(number)
         return cls(number, known.buffers, gradients, known.host)
 
@@ -67,20 +102,3 @@ class Undo:
             parameter.grad = gradient
         if self.host is not None:
             self.host.put_back()
-
-
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A copy of each tensor; on a GPU by one launch for many of them."""
-    copies: list[Tensor | None] = [None] * len(tensors)
-    together: defaultdict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        if tensor.is_cuda and tensor.dtype != torch.bool and not tensor.is_complex():
-            together[tensor.device, tensor.dtype].append(index)
-        else:
-            copies[index] = tensor.clone()
-    for indices in together.values():
-        with torch.no_grad():
-            made = torch._foreach_mul([tensors[index] for index in indices], 1)
-        for index, copy in zip(indices, made, strict=True):
-            copies[index] = copy
-    return [copy for copy in copies if copy is not None]

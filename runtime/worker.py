@@ -39,7 +39,7 @@ from fxsplit.runtime.stage_options import StageOptions
 from fxsplit.runtime.stopwatch import Stopwatch
 from fxsplit.runtime.streams import Pace, mark
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
-from fxsplit.runtime.undo import Undo
+from fxsplit.runtime.undo import Copies, Undo
 from fxsplit.schedules import Action
 from fxsplit.stage import Mode
 from fxsplit.trace.replay import Surroundings
@@ -63,7 +63,7 @@ class Worker:
         self._holding = Holding()
         self._runs: dict[int, RunState] = {}
         self._guarded: Set[Mode] = frozenset()
-        self._undo = Undo(0)
+        self._undo, self._copies = Undo(0), Copies()
         self._pace = Pace(())
         self._stopwatch: Stopwatch[Span] = Stopwatch()
         self._parameters = ParameterStore()
@@ -277,7 +277,8 @@ class Worker:
             self._holding.batch_norms.clear()
             undoable = is_step or mode in self._guarded or self._holding.batch_norms.layers
             stages = self._holding.stages.values()
-            self._undo = Undo.of(number, stages, is_step, self._is_process) if undoable else Undo(number)
+            what = is_step, self._is_process, self._copies
+            self._undo = Undo.of(number, stages, *what) if undoable else Undo(number)
         return self._runs[number]
 
     def discard(self, run: int, undo: bool) -> None:

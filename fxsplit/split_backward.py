@@ -3,7 +3,8 @@
 The idea is that of zero-bubble pipelines (Qi et al., 2023, arXiv:2401.10241): only the gradients of a stage's
 inputs are on the critical path. Autograd's graph is divided at the nodes that lead both to an input and to
 parameters (a convolution, say): the first part runs the graph towards the inputs and keeps the gradients that
-arrive at those nodes; the second part runs each of them once more, towards its parameters alone.
+arrive at those nodes; the second part runs each of them once more, towards its parameters alone. Batch norms,
+which find all their gradients together, are run once, in the first part.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 _Root = tuple[list[GradientEdge], list[Tensor]]
+
+_AT_ONCE = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
 
 
 class SplitBackward:
@@ -41,6 +44,7 @@ class SplitBackward:
             if outputs:
                 torch.autograd.backward(list(outputs), list(gradients))
             return
+        at_once = [p for node in list(junctions) if node.name().startswith(_AT_ONCE) for p in junctions.pop(node)]
         arrived: dict[Node, tuple[Tensor | None, ...]] = {}
         hooks = [node.register_prehook(_Keeper(node, arrived)) for node in junctions]
         pairs = list(zip(outputs, gradients, strict=True))
@@ -51,7 +55,7 @@ class SplitBackward:
                     [o for o, _ in first],
                     [g for _, g in first],
                     retain_graph=True,
-                    inputs=list(anchors),
+                    inputs=[*anchors, *at_once],
                 )
         finally:
             for hook in hooks:

@@ -143,9 +143,9 @@ class Courier:
 
     # ------------------------------------------------------------------ in
 
-    def is_expected(self, key: Key) -> bool:
-        """Whether a packet was announced and not taken yet."""
-        return key in self._expected
+    def expected(self, key: Key) -> Future[Any] | None:
+        """What comes of a packet that was announced and not taken yet."""
+        return self._expected.get(key)
 
     def expect(
         self, key: Key, decode: Decode, report: RunReport, device: torch.device, is_plain: bool = False

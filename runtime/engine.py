@@ -4,47 +4,46 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_all
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxsplit.errors import FxsplitError, WorkerLost
 from fxsplit.planning import Plan
 from fxsplit.runtime import shipping
-from fxsplit.runtime.courier import SMALL_BYTES
 from fxsplit.runtime.failure import raise_failure
+from fxsplit.runtime.feeding import Feeding
 from fxsplit.runtime.fingerprint import fingerprints
-from fxsplit.runtime.group import TIMEOUT_S, Group
+from fxsplit.runtime.group import TIMEOUT_S
 from fxsplit.runtime.homes import stages_of
 from fxsplit.runtime.host_random import host_seed
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.metrics import Metrics
-from fxsplit.runtime.packet import Key, Packet, pack, unpack
-from fxsplit.runtime.randomness import Randomness, set_states, state_key
-from fxsplit.runtime.report import LinkTraffic, RunReport
+from fxsplit.runtime.packet import Key, unpack
+from fxsplit.runtime.randomness import Randomness
+from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.run import Run
 from fxsplit.runtime.scheduler import Scheduler
 from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.stage_options import StageOptions
-from fxsplit.runtime.streams import brought
-from fxsplit.runtime.transport import CLIENT_NAME, Transport, wait
-from fxsplit.schedules import Action, GPipe, Orders
-from fxsplit.schedules.replicas import replica_for
+from fxsplit.runtime.together import can_be_together, run_together
+from fxsplit.runtime.transport import CLIENT_NAME, Transport
+from fxsplit.runtime.worker import Worker
+from fxsplit.schedules import GPipe, Orders
 from fxsplit.split import Boundary, SplitModel
-from fxsplit.stage import CLIENT, Edge, Mode
+from fxsplit.stage import Edge, Mode
 from fxsplit.trace.replay import Surroundings
 
 _ABORT_WAIT_S = 5.0
 _LOSS_WAIT_S = 1.0
 
 
-class Engine(Group):
+class Engine(Feeding):
     """Runs split models over a transport. Not safe to call from several threads at once."""
 
     def __init__(
@@ -54,13 +53,12 @@ class Engine(Group):
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         super().__init__(transport, timeout_s)
-        self.metrics = Metrics()
         self._stage_options = stage_options
         self._noted: set[str] = set()
         self.committed = 0  # steps of optimizers
         self._next_run = 1
         self._discards: list[tuple[int, bool]] = []
-        self._together: dict[str, list[tuple[Key, Packet]]] = {}  # fed and not sent yet
+        self._here: Mapping[str, Worker] = {}  # workers beside the client whose work this thread queues
         self._split: SplitModel | None = None
         self.backwards = 0  # how many have run: whatever was fetched of the gradients before is out of date
 
@@ -82,6 +80,7 @@ class Engine(Group):
         self.gather(futures)
         self.check_replicas()
         self.broadcast("seed_host", host_seed())
+        self._here = self._transport.in_this_thread() if can_be_together(plan.devices) else {}
 
     # ------------------------------------------------------------------ steps
 
@@ -109,7 +108,7 @@ class Engine(Group):
                     if grad and leaves[index].requires_grad:
                         run.inputs.append((m, index, edge))
             phase.run_locally()
-            outputs = self._collect_all(run, phase, randomness)
+            outputs = self._collect_all(run, phase.check, randomness)
         if not grad:
             self._open().mailbox.finish(run.number)
         self.metrics.calls += 1
@@ -179,7 +178,7 @@ class Engine(Group):
                     self._feed(run, edge, m, target, backward=False)
             phase.run_locally()
             if loss.returns_outputs:
-                outputs = self._collect_all(run, phase, randomness)
+                outputs = self._collect_all(run, phase.check, randomness)
         self._open().mailbox.finish(run.number)
         self.scheduler.observe(span for report in phase.reports for span in report.spans)
         self.metrics.calls += 1
@@ -284,61 +283,6 @@ class Engine(Group):
         orders = GPipe().orders(self._plan.workers, self._plan.chunks, self.scheduler.times)
         return {worker: [a for a in actions if a.is_forward == forward] for worker, actions in orders.items()}
 
-    def _collect_all(self, run: Run, phase: _Phase, randomness: Randomness | None) -> list[list[Any]]:
-        """The values of the output edges by micro-batch; the generators go on where the last stage left them."""
-        edges = range(len(run.edges))
-        outputs = [[self._collect(run, i, m, phase.check) for i in edges] for m in range(run.chunks)]
-        if randomness is not None and randomness.seed is None:
-            last = state_key(run.number, len(self._plan.workers) - 1)
-            set_states(self._take(last, phase.check).payload, self._device())
-        return outputs
-
-    def _feed(self, run: Run, edge: Edge, micro_batch: int, value: Any, backward: bool) -> None:
-        """Sends an input to the stage that uses it, or a gradient to the one that made the output."""
-        key = Key(run.number, edge.value, edge.source, edge.target, micro_batch, backward)
-        stage = edge.source if backward else edge.target
-        ends = (*self._plan.workers, run.outputs_at)
-        to = CLIENT_NAME if stage == CLIENT else replica_for(ends[stage], micro_batch)
-        packet = pack(value, edge, key)
-        endpoint = self._open()
-        if to == CLIENT_NAME:
-            endpoint.mailbox.deliver(key, packet)
-        else:
-            self.metrics.add_traffic(
-                LinkTraffic(CLIENT_NAME, to, backward, packet.raw_bytes, packet.wire_bytes, 1)
-            )
-            together = self._together.setdefault(to, [])
-            together.append((key, packet))
-            if sum(known.wire_bytes for _, known in together) > SMALL_BYTES:
-                self._send_fed(to)
-
-    def _send_fed(self, *workers: str) -> None:
-        """Sends what was fed to workers and is still here: small packets go together."""
-        for to in workers:
-            if packets := self._together.pop(to, []):
-                self._open().send_all(to, packets)
-
-    def _collect(self, run: Run, index: int, micro_batch: int, check: Callable[[], None]) -> Any:
-        edge = run.edges[index]
-        packet = self._take(Key(run.number, edge.value, edge.source, edge.target, micro_batch, False), check)
-        if packet.requires_grad and edge.source != CLIENT:
-            run.needs_gradient.add((micro_batch, index))
-        return unpack(packet, edge, False, self._device())
-
-    def _take(self, key: Key, check: Callable[[], None]) -> Packet:
-        mailbox = self._open().mailbox
-        packet: Packet = wait(mailbox.receive(key), check)
-        mailbox.forget(key)
-        return packet
-
-    def _brought(self, report: RunReport) -> Iterator[tuple[int, Tensor]]:
-        """The losses of a report by micro-batch, on the client's device."""
-        losses = brought(list(report.losses.values()), report.marks, self._device())
-        return zip(report.losses, losses, strict=True)
-
-    def _device(self) -> torch.device:
-        return torch.device(self._plan.devices[0].rpartition("/")[2])
-
 
 class _Phase:
     """All workers do their part of a run's orders; if one fails, the others give up."""
@@ -361,25 +305,34 @@ class _Phase:
         self._futures: dict[str, Future[Any]] = {}
 
     def __enter__(self) -> _Phase:
-        engine, run = self._engine, self._run
+        engine = self._engine
         engine._open()
         engine._together.clear()
-        for worker in engine.remote:
-            actions = list(self._orders.get(worker, ()))
+        for worker in engine.remote if not engine._here else ():
             loss = None if self._loss is None else shipping.dump(self._loss.as_seen_by(worker))
-            self._futures[worker] = engine.start_command(
-                worker, "run", run.number, actions, *self._arguments, loss
-            )
+            self._futures[worker] = engine.start_command(worker, "run", *self._share(worker), loss)
         return self
 
+    def _share(self, worker: str) -> tuple[Any, ...]:
+        """What a worker is told of the run, but for the loss."""
+        return self._run.number, list(self._orders.get(worker, ())), *self._arguments
+
     def run_locally(self) -> None:
-        """The client's own stages, in this thread."""
-        self._engine._send_fed(*self._engine.remote)
-        worker = self._engine._worker
+        """The client's own stages, in this thread, and those whose work it queues for other workers."""
+        engine = self._engine
+        engine._send_fed(*engine.remote)
+        worker = engine._worker
         assert worker is not None
-        actions: list[Action] = list(self._orders.get(CLIENT_NAME, ()))
         worker.check = self.check
-        result = worker.execute("run", (self._run.number, actions, *self._arguments, self._loss))
+        if engine._here:
+            workers = {CLIENT_NAME: worker, **engine._here}
+            found = run_together(workers, {name: (*self._share(name), self._loss) for name in workers}, self.check)
+            for name in engine.remote:
+                self._futures[name] = Future()
+                self._futures[name].set_result(found.get(name))
+            result: Any = found.get(CLIENT_NAME)
+        else:
+            result = worker.execute("run", (*self._share(CLIENT_NAME), self._loss))
         self.check()  # what failed elsewhere is the cause of what fails here
         raise_failure(result)
         self._add(result)
@@ -411,7 +364,8 @@ class _Phase:
         others = [worker for worker in engine.remote if lost is None or worker != lost.name]
         for worker in others:
             engine.start_command(worker, "abort", number, reason)
-        wait_all([self._futures[worker] for worker in others], timeout=_ABORT_WAIT_S)
+        begun = [self._futures[worker] for worker in others if worker in self._futures]
+        wait_all(begun, timeout=_ABORT_WAIT_S)
         if lost is not None or isinstance(error, WorkerLost):
             return  # the others are idle now
         engine.discard(number, undo=True)

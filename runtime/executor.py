@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -10,22 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsplit.compressors import Lossless
-from fxsplit.compressors.base import Memory
 from fxsplit.errors import PipelineError
 from fxsplit.runtime.checkpointing import is_checkpointed, run_checkpointed
 from fxsplit.runtime.courier import Courier, SendError, is_small
 from fxsplit.runtime.graphs import Lease
 from fxsplit.runtime.holding import Holding
 from fxsplit.runtime.loss import Loss
-from fxsplit.runtime.packet import GradientTap, Key, Packet, marked, pack, unpack
+from fxsplit.runtime.packet import GradientTap, Key, Packet, pack
 from fxsplit.runtime.randomness import seeded, set_states, state_key, states
 from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.run_state import RunState, Saved
-from fxsplit.runtime.shared_memory import is_shared, lies_in, memory_of, own_copy
+from fxsplit.runtime.shared_memory import lies_in, memory_of, own_copy
+from fxsplit.runtime.traffic import Traffic
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.schedules import Action, Work
-from fxsplit.schedules.replicas import replica_for
 from fxsplit.spec import TensorSpec
 from fxsplit.split_backward import SplitBackward
 from fxsplit.stage import CLIENT, Edge
@@ -65,8 +64,7 @@ class Executor:
         self._endpoint = endpoint
         self._courier = courier
         self._holding = holding
-        self._memories = memories
-        self._check_peers = check
+        self._ways = endpoint, courier, holding, memories, check
 
     def execute(
         self,
@@ -76,8 +74,8 @@ class Executor:
         surroundings: Surroundings,
         loss: Loss | None,
         report: RunReport,
-    ) -> None:
-        """Does the actions.
+    ) -> Generator[None]:
+        """Does the actions, each when it is asked for the next one.
 
         Args:
             number: of the run.
@@ -90,17 +88,18 @@ class Executor:
         self._number, self._run, self._surroundings, self._report = number, run, surroundings, report
         self._loss = loss
         self._outputs: list[tuple[Key, Packet]] = []
-        self._here: dict[Key, Packet] = {}
         self._last = max((action.micro_batch for action in actions), default=0)
         self._split = {(action.stage, action.micro_batch) for action in actions if action.work is Work.INPUT}
-        # Where the model's outputs go: to the caller, or to the worker that makes the loss.
-        self._ends = (*self._holding.workers, CLIENT_NAME if loss is None else loss.worker)
+        self._traffic = Traffic(*self._ways, number, run, surroundings.grad, loss, report)
         try:
             for index, action in enumerate(actions):
                 self.action, self.shapes = action, ""
+                yield
+                self._traffic.action = action
                 self._begins(action)
-                for later in actions[index : index + 1 + _AHEAD]:
-                    self._announce(later)
+                for later in actions[index : index + 1 + _AHEAD]:  # decoded as soon as they are there
+                    for edge, backward in self._traffic.taken(later):
+                        self._traffic.expect(edge, later, backward)
                 self._courier.check()
                 self._do(action)
             self.action = None
@@ -114,6 +113,10 @@ class Executor:
             self._courier.drain()
             raise
 
+    def awaited(self) -> list[Future[Any]]:
+        """What the next action takes and is not there yet."""
+        return [] if self.action is None else self._traffic.awaited(self.action)
+
     def _do(self, action: Action) -> None:
         if action.is_forward:
             with self._holding.batch_norms.collecting(action.stage, action.micro_batch):
@@ -121,7 +124,7 @@ class Executor:
             return
         if action.work is Work.WEIGHT:
             saved = self._run.saved.pop((action.stage, action.micro_batch))
-            with self._report.timing(action.work, action, self._device(action)):
+            with self._report.timing(action.work, action, self._traffic.device(action)):
                 if saved.lease is not None:
                     saved.lease.slot.finish()
                     saved.lease.release()
@@ -132,89 +135,6 @@ class Executor:
         if self._loss is not None and self._loss.is_due(action):
             self._make_loss(action)
         self._backward(action)
-
-    # ------------------------------------------------------------------ packets
-
-    def _announce(self, action: Action) -> None:
-        """Lets the packets of an action be decoded as soon as they are there."""
-        if action.is_forward:
-            for edge in self._ports(action).inputs:
-                self._expect(edge, action, backward=False)
-        elif action.sends_gradients and (action.stage, action.micro_batch) in self._run.saved:
-            saved = self._run.saved[action.stage, action.micro_batch]
-            for edge in self._ports(action).edges:
-                if edge.value in saved.values:
-                    self._expect(edge, action, backward=True)
-
-    def _expect(self, edge: Edge, action: Action, backward: bool) -> None:
-        key = self._key(edge, action, backward)
-        if self._courier.is_expected(key) or self._stays(edge):
-            return
-        device = self._device(action)
-        has_memory = backward or self._surroundings.grad
-        memory = self._memory("receive", edge, action.micro_batch, backward) if has_memory else None
-
-        def decode(packet: Packet) -> tuple[Any, bool]:
-            return unpack(packet, edge, backward, device, memory), packet.requires_grad
-
-        codec = edge.gradient_compressor if backward else edge.compressor
-        self._courier.expect(key, decode, self._report, device, isinstance(codec, Lossless))
-
-    def _take(self, edge: Edge, action: Action, backward: bool) -> tuple[Any, bool]:
-        """A value and whether its maker waits for a gradient."""
-        if self._stays(edge):
-            packet = self._here.pop(self._key(edge, action, backward))
-            return unpack(packet, edge, backward, self._device(action)), packet.requires_grad
-        self._expect(edge, action, backward)
-        with self._report.timing("wait", self.action or action):
-            value: tuple[Any, bool] = self._courier.take(self._key(edge, action, backward), self._check)
-        return value
-
-    def _give(self, edge: Edge, action: Action, value: Any, backward: bool) -> None:
-        """Hands a value to a stage: at once if it is here, else by the courier."""
-        to = self._worker_of(edge.source if backward else edge.target, action.micro_batch)
-        key = self._key(edge, action, backward)
-        if backward and is_shared(value):
-            value = own_copy(value)  # the memory may be that of a parameter's gradient, too
-        has_memory = backward or self._surroundings.grad
-        memory = self._memory("send", edge, action.micro_batch, backward) if has_memory else None
-        if self._stays(edge):
-            self._here[key] = marked(pack(value, edge, key))
-        elif to == self._endpoint.name:
-            with torch.no_grad():
-                self._endpoint.mailbox.deliver(key, pack(value, edge, key, memory))
-        else:
-            codec = edge.gradient_compressor if backward else edge.compressor
-            make = partial(pack, edge=edge, key=key, memory=memory)
-            self._courier.send(action, to, key, value, make, self._report, isinstance(codec, Lossless))
-
-    def _check(self) -> None:
-        self._courier.check()
-        self._check_peers()
-
-    def _key(self, edge: Edge, action: Action, backward: bool) -> Key:
-        return Key(self._number, edge.value, edge.source, edge.target, action.micro_batch, backward)
-
-    def _memory(self, end: str, edge: Edge, micro_batch: int, backward: bool) -> Memory:
-        """What the compressor of an edge keeps here of a micro-batch from step to step, in training only."""
-        key = (end, edge.value, edge.source, edge.target, micro_batch, backward)
-        return self._memories.setdefault(key, {})
-
-    def _worker_of(self, stage: int, micro_batch: int) -> str:
-        return CLIENT_NAME if stage == CLIENT else replica_for(self._ends[stage], micro_batch)
-
-    def _stays(self, edge: Edge) -> bool:
-        """Whether a value goes from stage to stage, or to the loss, on this worker: no packet is needed then."""
-        to_caller = edge.target == len(self._holding.workers) and self._loss is None
-        ends = edge.source, edge.target
-        return CLIENT not in ends and not to_caller and all(self._ends[s] == self._endpoint.name for s in ends)
-
-    def _device(self, action: Action) -> torch.device:
-        """Where an action takes its values; for the loss, that of the last stage."""
-        return self._holding.devices[min(action.stage, len(self._holding.workers) - 1)]
-
-    def _ports(self, action: Action) -> Any:
-        return self._holding.stages[action.stage].ports(self._run.mode)
 
     # ------------------------------------------------------------------ actions
 
@@ -229,24 +149,24 @@ class Executor:
         saved = Saved({}, {})
         inputs = []
         for edge in ports.inputs:
-            value, requires_grad = self._take(edge, action, backward=False)
+            value, requires_grad = self._traffic.take(edge, action, backward=False)
             inputs.append((value, requires_grad and grad))
             del value  # the stage may free what it does not keep
         pairs = zip(ports.inputs, inputs, strict=True)
-        local = {e for e in ports.inputs if self._worker_of(e.source, action.micro_batch) == self._endpoint.name}
+        local = {e for e in ports.inputs if self._traffic.is_here(e.source, action.micro_batch)}
         came = memory_of(value for edge, (value, _) in pairs if edge in local)
         self.shapes = ", ".join(str(TensorSpec.of(v)) for v, _ in inputs if isinstance(v, Tensor))
         ledger = self._holding.ledger
         before_bytes = ledger.live_bytes if ledger is not None else 0
-        with self._drawing(action), self._report.timing(action.work, action, self._device(action)):
+        with self._drawing(action), self._report.timing(action.work, action, self._traffic.device(action)):
             values = dict(zip(ports.outputs, self._replay_or_run(action, inputs, saved), strict=True))
         # What is sent is read for a while: its user here, or the next micro-batch, may change it in place then.
-        here = [e for e in ports.edges if self._worker_of(e.target, action.micro_batch) == self._endpoint.name]
+        here = [e for e in ports.edges if self._traffic.is_here(e.target, action.micro_batch)]
         changing = self._holding.buffer_memory | came | memory_of(values[edge.value] for edge in here)
         for edge in ports.edges:
             value = values[edge.value]
             is_copied = saved.lease is not None if edge in here else lies_in(value, changing)
-            self._give(edge, action, own_copy(value) if is_copied else value, backward=False)
+            self._traffic.give(edge, action, own_copy(value) if is_copied else value, backward=False)
         if grad:
             saved.values = {n: v for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad}
             self._run.saved[action.stage, action.micro_batch] = saved
@@ -258,7 +178,7 @@ class Executor:
 
     def _replay_or_run(self, action: Action, inputs: list[tuple[Any, bool]], saved: Saved) -> tuple[Any, ...]:
         """The values that leave a stage; what its backward needs goes to `saved`. The inputs are used up."""
-        edges = self._ports(action).inputs
+        edges = self._traffic.ports(action).inputs
         if (graphs := self._holding.graphs) is not None:
             is_split = (action.stage, action.micro_batch) in self._split
             found = graphs.find(action.stage, self._run.mode, inputs, self._surroundings, is_split)
@@ -301,7 +221,7 @@ class Executor:
         stage, device, randomness = action.stage, self._holding.devices[action.stage], self._run.randomness
         if randomness is None:
             yield
-        elif randomness.seed is not None and not self._ports(action).draws_random_numbers:
+        elif randomness.seed is not None and not self._traffic.ports(action).draws_random_numbers:
             yield  # the generators are everybody's: stages of one process wait for each other
         elif randomness.seed is not None:
             with seeded(randomness.stage_seed(stage, action.micro_batch), device):
@@ -310,13 +230,13 @@ class Executor:
             if stage > 0:
                 key = state_key(self._number, stage - 1)
                 with self._report.timing("wait", action):
-                    packet: Packet = wait(self._endpoint.mailbox.receive(key), self._check)
+                    packet: Packet = wait(self._endpoint.mailbox.receive(key), self._traffic.check)
                 self._endpoint.mailbox.forget(key)
                 set_states(packet.payload, device)
             yield
             key, packet = state_key(self._number, stage), Packet(states(device))
             last = stage + 1 == len(self._holding.workers)
-            to = CLIENT_NAME if last else self._worker_of(stage + 1, action.micro_batch)
+            to = CLIENT_NAME if last else self._traffic.worker_of(stage + 1, action.micro_batch)
             if to == self._endpoint.name:
                 self._endpoint.mailbox.deliver(key, packet)
             else:
@@ -332,19 +252,19 @@ class Executor:
             )
         saved = self._run.saved[action.stage, action.micro_batch]
         gradients: dict[str, Tensor] = {}
-        for edge in reversed(self._ports(action).edges):
+        for edge in reversed(self._traffic.ports(action).edges):
             if edge.value not in saved.values:
                 continue
-            gradient, _ = self._take(edge, action, backward=True)
+            gradient, _ = self._traffic.take(edge, action, backward=True)
             if gradient is not None:
                 known = gradients.get(edge.value)
                 gradients[edge.value] = gradient if known is None else known + gradient
         if saved.lease is not None:
             self._replay_backward(action, saved, saved.lease, gradients)
             return
-        given = tuple(i for i, name in enumerate(self._ports(action).outputs) if name in gradients)
+        given = tuple(i for i, name in enumerate(self._traffic.ports(action).outputs) if name in gradients)
         looking = saved.inspection.backward(given) if saved.inspection else nullcontext()
-        with self._report.timing(action.work, action, self._device(action)), looking:
+        with self._report.timing(action.work, action, self._traffic.device(action)), looking:
             outputs = [saved.values[name] for name in gradients]
             if action.work is Work.INPUT:
                 # What is computed again would be so for each part; a compiled backward is one operation.
@@ -357,15 +277,15 @@ class Executor:
         if action.work is Work.BACKWARD:
             del self._run.saved[action.stage, action.micro_batch]
         for edge, tap in saved.taps.items():
-            self._give(edge, action, tap.gradient, backward=True)
+            self._traffic.give(edge, action, tap.gradient, backward=True)
         saved.taps = {}
 
     def _replay_backward(
         self, action: Action, saved: Saved, lease: Lease, gradients: Mapping[str, Tensor]
     ) -> None:
         """A recorded backward, or the first part of it."""
-        index = {name: i for i, name in enumerate(self._ports(action).outputs)}
-        with self._report.timing(action.work, action, self._device(action)):
+        index = {name: i for i, name in enumerate(self._traffic.ports(action).outputs)}
+        with self._report.timing(action.work, action, self._traffic.device(action)):
             found = lease.slot.backward({index[name]: gradient for name, gradient in gradients.items()})
         if action.work is Work.BACKWARD:
             del self._run.saved[action.stage, action.micro_batch]
@@ -373,7 +293,7 @@ class Executor:
         saved.values = {}
         for edge, gradient in zip(saved.waiting, found, strict=True):
             if edge is not None:
-                self._give(edge, action, gradient, backward=True)
+                self._traffic.give(edge, action, gradient, backward=True)
 
     def _make_loss(self, action: Action) -> None:
         """The loss of a micro-batch, and the gradients of the outputs, for the stages that made them."""
@@ -383,24 +303,26 @@ class Executor:
         waiting: set[Edge] = set()
         end = Action(len(self._holding.workers), m)
         for edge in loss.edges:
-            values[edge], requires_grad = self._take(edge, end, backward=False)
+            values[edge], requires_grad = self._traffic.take(edge, end, backward=False)
             if requires_grad and edge.source != CLIENT:
                 waiting.add(edge)
             if loss.returns_outputs:
                 self._return_output(edge, end, values[edge])
         target = None
         if loss.target is not None:
-            target = loss.target.build({e: self._take(e, end, backward=False)[0] for e in loss.target.edges})
-        with self._report.timing("loss", action, self._device(action)), self._surroundings.active():
+            target = loss.target.build(
+                {e: self._traffic.take(e, end, backward=False)[0] for e in loss.target.edges}
+            )
+        with self._report.timing("loss", action, self._traffic.device(action)), self._surroundings.active():
             weighted, gradients = loss.gradients(m, values, waiting, target)
         self._report.losses[m] = weighted
         for edge in loss.edges:
             if edge in waiting:
-                self._give(edge, action, gradients[edge], backward=True)
+                self._traffic.give(edge, action, gradients[edge], backward=True)
 
     def _return_output(self, edge: Edge, end: Action, value: Any) -> None:
         """Sends a model's output on to the client, from where the loss is made."""
-        key = self._key(edge, end, False)
+        key = self._traffic.key(edge, end, False)
         value = own_copy(value)  # the user's loss may change it in place
         if self._endpoint.name == CLIENT_NAME:
             self._endpoint.mailbox.put_back(key, pack(value, edge, key))

@@ -34,6 +34,8 @@ class _InProcessEndpoint:
         self.name = name
         self.mailbox = Mailbox()
         self.inbox: queue.SimpleQueue[tuple[str, tuple[Any, ...], Future[Any]] | None] = queue.SimpleQueue()
+        self.worker: Worker | None = None  # the client has its own
+        self.has_thread = True
         self._peers = peers
         self._handler = handler
 
@@ -65,6 +67,8 @@ class _InProcessEndpoint:
         if command == "abort":  # must get through while the worker waits for a packet
             peer.mailbox.abort(*arguments)
             result.set_result(None)
+        elif not peer.has_thread and peer.worker is not None:
+            hand_over(peer.worker.execute(command, arguments), result)
         else:
             peer.inbox.put((command, arguments, result))
         return result
@@ -89,9 +93,13 @@ class InProcess:
         self._endpoints[CLIENT_NAME] = client
         for name in workers:
             endpoint = self._endpoints[name] = _InProcessEndpoint(name, self._endpoints, None)
+            endpoint.worker = Worker(endpoint)
             # The thread lives by its endpoint alone, so that a forgotten pipeline does not keep it.
             thread = threading.Thread(
-                target=_serve, args=(endpoint, torch.get_num_threads()), name=f"fxsplit {name}", daemon=True
+                target=_serve,
+                args=(endpoint, endpoint.worker, torch.get_num_threads()),
+                name=f"fxsplit {name}",
+                daemon=True,
             )
             thread.start()
             self._threads.append(thread)
@@ -100,6 +108,15 @@ class InProcess:
     def describe(self) -> dict[str, tuple[str, int]]:
         """All are here."""
         return dict.fromkeys(self._endpoints, (socket.gethostname(), os.getpid()))
+
+    def in_this_thread(self) -> dict[str, Worker]:
+        """All workers, whose threads have nothing more to do."""
+        found: dict[str, Worker] = {}
+        for name, endpoint in self._endpoints.items():
+            if endpoint.worker is not None:
+                endpoint.has_thread = False
+                found[name] = endpoint.worker
+        return found
 
     def lost(self, timeout_s: float) -> LostWorker | None:
         """Threads do not get lost."""
@@ -120,9 +137,8 @@ class InProcess:
         self._threads.clear()
 
 
-def _serve(endpoint: _InProcessEndpoint, threads: int) -> None:
+def _serve(endpoint: _InProcessEndpoint, worker: Worker, threads: int) -> None:
     torch.set_num_threads(threads)  # holds for this thread; another number can change the last bits of results
-    worker = Worker(endpoint)
     while (item := endpoint.inbox.get()) is not None:
         command, arguments, result = item
         hand_over(worker.execute(command, arguments), result)

@@ -360,6 +360,10 @@ class Rpc:
             places |= {n: (m.identity.host, m.identity.pid) for n, m in self._gate.members.items()}
         return places
 
+    def in_this_thread(self) -> Mapping[str, Any]:
+        """Workers are processes."""
+        return {}
+
     def lost(self, timeout_s: float) -> LostWorker | None:
         """The first worker whose process, or connection, has ended; or which has been silent for so long."""
         if lost := self._lost_process():

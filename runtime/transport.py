@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -221,6 +221,12 @@ class Transport(Protocol):
 
     def describe(self) -> dict[str, tuple[str, int]]:
         """Host and process id of each worker."""
+
+    def in_this_thread(self) -> Mapping[str, Any]:
+        """The workers, if they are objects of this process; the caller's thread then does what they are told.
+
+        From now on; nothing may be under way. Empty if they are processes of their own.
+        """
 
     def lost(self, timeout_s: float) -> LostWorker | None:
         """A worker that is gone, or has been silent for longer than the time-out; None while all are there."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -99,12 +100,16 @@ class Worker:
         try:
             return self.commands[command](*arguments)
         except Exception as error:
-            action = self._executor.action
-            place = str(_place_of(action)) if action else command
-            shapes = self._executor.shapes if action else None
-            return Failure.of(self._endpoint.name, place, action.micro_batch if action else None, error, shapes)
+            return self.failure_of(command, error)
         finally:
             self._pulse.at(IDLE)
+
+    def failure_of(self, command: str, error: Exception) -> Failure:
+        """What the client is told of an error."""
+        action = self._executor.action
+        place = str(_place_of(action)) if action else command
+        shapes = self._executor.shapes if action else None
+        return Failure.of(self._endpoint.name, place, action.micro_batch if action else None, error, shapes)
 
     # ------------------------------------------------------------------ commands
 
@@ -188,7 +193,21 @@ class Worker:
         begins = lambda action: self._pulse.at(_place_of(action))  # noqa: E731
         return Executor(self._endpoint, self._courier, self._holding, self._memories, check, begins)
 
-    def run(
+    def run(self, *arguments: Any) -> RunReport:
+        """Does all that `running` does."""
+        actions = self.running(*arguments)
+        while True:
+            try:
+                next(actions)
+            except StopIteration as end:
+                report: RunReport = end.value
+                return report
+
+    def awaited(self) -> list[Future[Any]]:
+        """What the next action of a run takes and is not there yet."""
+        return self._executor.awaited()
+
+    def running(
         self,
         number: int,
         actions: Sequence[Action],
@@ -196,8 +215,10 @@ class Worker:
         surroundings: Surroundings,
         randomness: Randomness | None,
         loss: Loss | tuple[bytes, Sequence[Tensor]] | None = None,
-    ) -> RunReport:
+    ) -> Generator[None, None, RunReport]:
         """Does forwards, backwards, or all of a step, in the caller's gradient mode and autocast.
+
+        It stops before each action until it is asked for the next one.
 
         Args:
             number: of the run.
@@ -219,7 +240,7 @@ class Worker:
         if (ledger := self._holding.ledger) is not None:
             ledger.reset()
         self._begin_replication(number, actions, is_step=loss is not None)
-        self._executor.execute(number, run, actions, surroundings, made, report)
+        yield from self._executor.execute(number, run, actions, surroundings, made, report)
         report.live_bytes = ledger.peak_bytes if ledger is not None else 0
         self._finish_replication(number, actions, mode, report)
         if not run.saved:

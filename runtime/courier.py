@@ -93,8 +93,11 @@ class Courier:
         def work() -> None:
             if is_queued:
                 packet = make(value)
+                now = time.perf_counter()
+                report.encoded(key, packet, now, now)
                 report.add_packet(to, key, packet)
                 self._endpoint.send(to, key, packet)
+                self._note(to, key, packet.wire_bytes, now)
                 return
             device = marks[0][0] if marks else CPU
             with self._encoding.current(device for device, _ in marks), torch.no_grad():

@@ -36,7 +36,8 @@ def run(transport: str, compiles: bool, **options: Any) -> dict[str, Any]:
     torch.manual_seed(2)
     model, x, y = Small(), torch.randn(8, 6), torch.randn(8, 2)
     settings: dict[str, Any] = {"cuts": ["second"], "chunks": 2, "transport": transport, **options}
-    with fxsplit.compile(model, ["cpu", "a/cpu"], compile_stages=compiles, **settings) as pipe:
+    devices = settings.pop("devices", ["cpu", "a/cpu"])
+    with fxsplit.compile(model, devices, compile_stages=compiles, **settings) as pipe:
         optimizer = pipe.optimizer(torch.optim.SGD, lr=0.1, momentum=0.5)
         losses = []
         for _ in range(3):
@@ -58,6 +59,7 @@ def run(transport: str, compiles: bool, **options: Any) -> dict[str, Any]:
         ("rpc", {}),
         ("in_process", {"schedule": "zero-bubble", "compressor": "uniform8"}),
         ("in_process", {"checkpoint": "always", "deferred_batch_norm": True}),
+        ("in_process", {"devices": ["cpu", "a/cpu+b/cpu"], "chunks": 4}),
     ],
 )
 def test_the_numbers_are_those_of_the_stages_as_they_are(transport: str, options: dict[str, Any]) -> None:

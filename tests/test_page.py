@@ -68,6 +68,9 @@ def test_the_explanation_prices_each_line_of_the_budget() -> None:
     plan = fxsplit.plan(chain(), DEVICES, **OPTIONS)
     text = explain_plan(chain(), plan, DEVICES, OPTIONS).text()
     assert "budget line macs" in text and "this plan" in text and "all on s/cuda" in text
+    timeline = timeline_of(plan)
+    for worker in ("client", "s"):
+        assert f"{worker} {timeline.bubble_share(worker):.0%}" in text.partition("share of the step:")[2]
     tight = Budget(bandwidth="10MB/s", link_bytes="25kB")
     options = {**OPTIONS, "budget": tight}
     bound = fxsplit.plan(chain(), DEVICES, **options)

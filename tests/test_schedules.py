@@ -170,6 +170,15 @@ def test_simulated_times_by_hand() -> None:
     assert timeline.live_bytes == {"a": 14, "b": 10}
 
 
+@pytest.mark.parametrize(("stages", "chunks"), [(2, 1), (4, 8), (8, 3)])
+def test_the_bubble_is_that_of_the_paper(stages: int, chunks: int) -> None:
+    """GPipe, section 2.3: (K - 1) / (M + K - 1) of the step, with K equal stages and M micro-batches."""
+    workers, times = "abcdefgh"[:stages], Times.unit(stages)
+    timeline = simulate(schedule("gpipe").orders(workers, chunks, times), workers, times)
+    for worker in workers:
+        assert timeline.bubble_share(worker) == pytest.approx((stages - 1) / (chunks + stages - 1))
+
+
 def test_an_unknown_schedule() -> None:
     with pytest.raises(PlanError, match="gpipe"):
         schedule("zigzag")

@@ -20,6 +20,7 @@ from fxsplit.planning.profile import Profile
 from fxsplit.planning.render import Report
 from fxsplit.planning.units import format_bytes, format_seconds
 from fxsplit.schedules import schedule
+from fxsplit.schedules.replicas import single_workers
 from fxsplit.schedules.simulation import Timeline, simulate
 
 
@@ -73,7 +74,7 @@ def _is_training(options: Mapping[str, Any]) -> bool:
 
 
 def explanation(found: Plan, beside: Sequence[Neighbour], freed: Mapping[str, Plan]) -> Report:
-    """A table of a plan, its neighbours and its alternatives; below it, what the budget's lines cost.
+    """A table of a plan, its neighbours and its alternatives; below it, bubbles and what the budget's lines cost.
 
     Args:
         found: the plan.
@@ -88,7 +89,7 @@ def explanation(found: Plan, beside: Sequence[Neighbour], freed: Mapping[str, Pl
             continue
         note = "" if other.keeps_budget else "breaks the budget"
         rows.append((other.what, format_seconds(other.step_s), _change(other.step_s, found), "", "", note))
-    lines = [_cost(line, plan, found) for line, plan in freed.items()]
+    lines = [_bubbles(found), *(_cost(line, plan, found) for line, plan in freed.items())]
     title = f"why {', '.join(found.cut_names) or 'no cut'}: predicted seconds of a step"
     return Report(
         title, ("plan", "step", "change", "busiest", "on wire", "because"), tuple(rows), "\n".join(lines)
@@ -107,6 +108,14 @@ def busiest(found: Plan) -> tuple[str, float]:
     seconds = {span.resource: timeline.busy_s(span.resource) for span in timeline.spans}
     name = max(seconds, key=lambda resource: seconds[resource])
     return name, seconds[name] / timeline.step_s if timeline.step_s else 0.0
+
+
+def _bubbles(found: Plan, most: int = 8) -> str:
+    """The share of the step in which each worker computes nothing; of many, those with the largest."""
+    timeline = timeline_of(found)
+    shares = {worker: timeline.bubble_share(worker) for worker in single_workers(found.workers)}
+    named = [f"{worker} {share:.0%}" for worker, share in sorted(shares.items(), key=lambda each: -each[1])]
+    return f"computes nothing for a share of the step: {', '.join(named[:most])}{', ...' * (len(named) > most)}"
 
 
 def _row(what: str, plan: Plan, found: Plan, refusal: str | None) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from fxsplit.schedules.action import Action
 from fxsplit.schedules.base import Schedule
 from fxsplit.schedules.fixed import GPipe, Interleaved, OneForwardOneBackward, ZeroBubble
 from fxsplit.schedules.listing import backward_first, listed, longest_path_first
-from fxsplit.schedules.replicas import check_replicas, single_workers
+from fxsplit.schedules.replicas import single_workers
 from fxsplit.schedules.simulation import Clock, replayed
 from fxsplit.schedules.times import Times
 
@@ -39,7 +39,7 @@ class Auto(Schedule):
         return self._best(workers, chunks, times)[1]
 
     def _best(self, workers: Sequence[str], chunks: int, times: Times) -> tuple[dict[str, list[Action]], Clock]:
-        check_replicas(workers, chunks)
+        self.check(workers, chunks)
         found: list[tuple[float, int, int, dict[str, list[Action]], Clock]] = []
         for orders, clock in _candidates(workers, chunks, times):
             found.append((clock.step_s, clock.most_bytes, len(found), orders, clock))

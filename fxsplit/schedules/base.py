@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from math import inf
 from typing import ClassVar
 
-from fxsplit.errors import PlanError
 from fxsplit.schedules.action import Action
-from fxsplit.schedules.replicas import check_replicas, replica_counts, replicas_of, share_of
+from fxsplit.schedules.replicas import check_replicas, replicas_of, share_of
 from fxsplit.schedules.simulation import Clock, replayed
 from fxsplit.schedules.times import Times
 
@@ -35,7 +34,7 @@ class Schedule(ABC):
             times: what the work of a micro-batch takes.
 
         Raises:
-            PlanError: the stages and micro-batches are not for this schedule.
+            PlanError: the stages and micro-batches are not for this schedule, as `check` says.
         """
 
     def simulated(self, workers: Sequence[str], chunks: int, times: Times, most_s: float = inf) -> Clock | None:
@@ -51,18 +50,10 @@ class Schedule(ABC):
         """Micro-batches that a stage, or each replica of it, keeps activations of at one time, at most."""
         return share_of(chunks, len(replicas_of(workers[stage])))
 
-    def check_chunks(self, workers: Sequence[str], chunks: int) -> None:
-        """Refuses a batch of too few micro-batches for this schedule: a pipeline of them would never be full.
+    def check(self, workers: Sequence[str], chunks: int) -> None:
+        """Refuses stages and micro-batches that this schedule is not for, before any order is made.
 
         Raises:
             PlanError: always then.
         """
         check_replicas(workers, chunks)
-        needed = sum(replica_counts(workers))
-        if chunks < needed:
-            raise PlanError(
-                f"{self.name} has too few micro-batches to fill the pipeline",
-                found=f"chunks={chunks}",
-                allowed=f"at least {needed}, one for each stage{' and replica' * (needed > len(workers))}",
-                hint="more chunks, or schedule='gpipe' or 'auto', which take any number",
-            )

@@ -10,7 +10,7 @@ from fxsplit.errors import PlanError
 from fxsplit.schedules.action import Action, Work, dealt
 from fxsplit.schedules.base import Schedule
 from fxsplit.schedules.listing import backward_first, list_schedule
-from fxsplit.schedules.replicas import check_replicas, replica_counts, replicas_of, share_of
+from fxsplit.schedules.replicas import replica_counts, replicas_of, share_of
 from fxsplit.schedules.times import Times
 
 
@@ -27,7 +27,7 @@ class GPipe(Schedule):
 
     def orders(self, workers: Sequence[str], chunks: int, times: Times) -> dict[str, list[Action]]:
         """Forwards by stage, then backwards by stage from the last one back."""
-        check_replicas(workers, chunks)
+        self.check(workers, chunks)
         orders: dict[str, list[Action]] = {worker: [] for worker in workers}
         for stage, worker in enumerate(workers):
             orders[worker] += [Action(stage, m) for m in range(chunks)]
@@ -44,6 +44,18 @@ class _Limited(Schedule):
         own = len(replicas_of(workers[stage]))
         return min(share_of(sum(replica_counts(workers[stage:])), own), share_of(chunks, own))
 
+    def check(self, workers: Sequence[str], chunks: int) -> None:
+        """Refuses too few micro-batches, too: a pipeline of them would never be full."""
+        super().check(workers, chunks)
+        needed = sum(replica_counts(workers))
+        if chunks < needed:
+            raise PlanError(
+                f"{self.name} has too few micro-batches to fill the pipeline",
+                found=f"chunks={chunks}",
+                allowed=f"at least {needed}, one for each stage{' and replica' * (needed > len(workers))}",
+                hint="more chunks, or schedule='gpipe' or 'auto', which take any number",
+            )
+
 
 class OneForwardOneBackward(_Limited):
     """1F1B: one forward, one backward, in turns (Narayanan et al., PipeDream, 2019, arXiv:1806.03377).
@@ -56,8 +68,8 @@ class OneForwardOneBackward(_Limited):
 
     name: ClassVar[str] = "1f1b"
 
-    def orders(self, workers: Sequence[str], chunks: int, times: Times) -> dict[str, list[Action]]:
-        """Forwards until the stage is full, then backward and forward in turns, then the backwards left."""
+    def check(self, workers: Sequence[str], chunks: int) -> None:
+        """Refuses workers with several stages, too."""
         if len(set(workers)) < len(workers):
             raise PlanError(
                 "1f1b is for workers with one stage each",
@@ -65,7 +77,11 @@ class OneForwardOneBackward(_Limited):
                 allowed="another worker for each stage",
                 hint="schedule='interleaved', which is 1f1b for workers with several stages",
             )
-        self.check_chunks(workers, chunks)
+        super().check(workers, chunks)
+
+    def orders(self, workers: Sequence[str], chunks: int, times: Times) -> dict[str, list[Action]]:
+        """Forwards until the stage is full, then backward and forward in turns, then the backwards left."""
+        self.check(workers, chunks)
         orders = {}
         for stage, worker in enumerate(workers):
             ahead = min(self.live_limit(stage, workers, chunks) * len(replicas_of(worker)), chunks)
@@ -90,7 +106,7 @@ class Interleaved(_Limited):
 
     def orders(self, workers: Sequence[str], chunks: int, times: Times) -> dict[str, list[Action]]:
         """1F1B's rule, in unit times."""
-        self.check_chunks(workers, chunks)
+        self.check(workers, chunks)
         return _one_forward_one_backward(self, tuple(workers), chunks, False)
 
 
@@ -105,7 +121,7 @@ class ZeroBubble(_Limited):
 
     def orders(self, workers: Sequence[str], chunks: int, times: Times) -> dict[str, list[Action]]:
         """1F1B's rule for forwards and input gradients; weight gradients when there is nothing else."""
-        self.check_chunks(workers, chunks)
+        self.check(workers, chunks)
         return _one_forward_one_backward(self, tuple(workers), chunks, True)
 
 

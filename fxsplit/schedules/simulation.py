@@ -55,6 +55,16 @@ class Timeline:
         """Seconds that a resource works."""
         return sum(span.end_s - span.start_s for span in self.spans if span.resource == resource)
 
+    def bubble_share(self, worker: str) -> float:
+        """The share of the step in which a worker computes nothing (the bubble of Huang et al., GPipe, 2019).
+
+        >>> from fxsplit.schedules import Times, schedule
+        >>> times = Times.unit(2)
+        >>> simulate(schedule("gpipe").orders(["a", "b"], 3, times), ["a", "b"], times).bubble_share("a")
+        0.25
+        """
+        return 1.0 - self.busy_s(worker) / self.step_s if self.step_s else 0.0
+
 
 _Send = tuple[int, float, int, float, float, int, float]
 """Of a hop: encoder, its seconds, link, its seconds, latency, decoder, its seconds."""

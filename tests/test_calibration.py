@@ -19,7 +19,7 @@ from fxsplit.cli import app
 from fxsplit.errors import DeviceError, PlanError
 from fxsplit.measure import timed
 from fxsplit.opening import trace_for_planning
-from fxsplit.planning import Profile, parse_devices
+from fxsplit.planning import NodeSeconds, Profile, parse_devices
 from fxsplit.planning.calibration import CLIENT, WORKER, Calibration, cached
 from fxsplit.planning.link_file import load_links, save_links
 from fxsplit.planning.links import Link
@@ -93,11 +93,16 @@ def test_the_document_round_trips_and_is_checked(found: Calibration, tmp_path: P
         found.save(tmp_path / "no" / "where.json")
 
 
-def test_the_cache_is_by_model_device_and_role(found: Calibration, own_cache: Path) -> None:
+def test_the_cache_is_by_model_device_role_and_version(
+    found: Calibration, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert cached(found.fingerprint, "cpu", CLIENT) is None
     path = found.save()
     assert path.is_relative_to(own_cache) and cached(found.fingerprint, "cpu", CLIENT) == found
     assert cached(found.fingerprint, "cpu", WORKER) is None and cached("other", "cpu", CLIENT) is None
+    with monkeypatch.context() as other:
+        other.setattr(torch, "__version__", "0.1.2")
+        assert cached(found.fingerprint, "cpu", CLIENT) is None
     path.write_text("{")  # as good as none
     assert cached(found.fingerprint, "cpu", CLIENT) is None
 
@@ -128,6 +133,14 @@ def test_another_model_or_device_is_refused(found: Calibration) -> None:
 def run(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
     return result.exit_code, result.output
+
+
+@pytest.mark.parametrize(("like", "factor"), [("cuda", 2.0), ("cpu", 0.0), ("cpu", float("inf")), ("cpu", -1.0)])
+def test_only_what_was_measured_is_scaled(like: str, factor: float) -> None:
+    known = Profile({"cpu": {"n": NodeSeconds(1.0, 2.0)}})
+    assert known.scaled("b/cpu", "cpu", 0.5).nodes["b/cpu"] == {"n": NodeSeconds(0.5, 1.0)}
+    with pytest.raises(PlanError, match=rf"cannot be scaled[^$]*{factor} times {like}[^$]*more than 0 times cpu"):
+        known.scaled("b/cpu", like, factor)
 
 
 def test_the_commands_work_together(tmp_path: Path) -> None:

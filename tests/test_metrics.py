@@ -16,8 +16,12 @@ from torch.nn import functional as F
 
 import fxsplit
 from fxsplit.errors import PipelineError
+from fxsplit.opening import trace_for_planning
+from fxsplit.planning import Profile
+from fxsplit.planning.units import format_seconds
 from fxsplit.runtime.metrics import Bandwidth, Metrics, WorkerTime
 from fxsplit.runtime.report import LinkTraffic, RunReport, Span
+from fxsplit.trace import Arguments
 from tests.comparison import CHAIN2, MOBILENET, SANDWICH, TRANSPORTS
 from tests.models import images, mobilenet
 
@@ -84,6 +88,28 @@ def test_every_second_and_byte_has_a_place(transport: str, tmp_path: Path) -> No
         assert last < 2 * 1e6 * metrics.total_s + 1e6, "the clocks of the workers are one"
         with pytest.raises(PipelineError, match="cannot be written"):
             pipe.trace(tmp_path / "no" / "folder.json")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_prediction_of_a_saved_plan_is_beside_what_was_measured(transport: str, tmp_path: Path) -> None:
+    x, model, path = images(8, 64), mobilenet(), tmp_path / "plan.json"
+    costs = fxsplit.analyze(trace_for_planning(model, Arguments.of(x)), x)
+    plan = fxsplit.plan(costs, CHAIN2, cuts=MOBILENET[2], chunks=2, profile=Profile())
+    plan.save(path)
+    with fxsplit.compile(model, CHAIN2, plan=str(path), example_inputs=x, transport=transport) as pipe:
+        metrics = pipe.metrics
+        assert metrics.predicted_step_s == plan.predicted_step_s > 0
+        before = metrics.over_predicted
+        for _ in range(2):
+            pipe.step(x, target=LABELS, loss_fn=F.cross_entropy)
+        measured = metrics.over_predicted
+        assert before is None and measured == metrics.total_s / 2 / plan.predicted_step_s > 0
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(metrics)
+        said = f"step predicted {format_seconds(plan.predicted_step_s)}, {measured:.2f} times that"
+        assert said in " ".join(console.export_text().split())
+        metrics.reset()
+        assert metrics.predicted_step_s == plan.predicted_step_s and metrics.over_predicted is None
 
 
 def test_nothing_to_trace() -> None:

@@ -77,6 +77,8 @@ def test_the_memory_of_the_optimizer_binds(model_file: str) -> None:
         (("--latency", "cuda=fast"), "latency of cuda does not begin with a number"),
         (("--budget", "memory.tpu=1GB"), "memory names an unknown device"),
         (("--budget", "link_bytes.nowhere=1GB"), "link_bytes names an unknown cut"),
+        (("--budget", "link_bytes.cpu->tpu=1GB"), "link_bytes names an unknown device"),
+        (("--budget", "link_bytes.cpu->cuda=10B"), "link_bytes from client to cuda is missed by"),
         (("--price", "tpu=1", "--objective", "price"), "price names an unknown device"),
         (("--price", "cuda=-1", "--objective", "price"), "a price is not a number"),
         (("--price", "cuda=cheap"), "not a price"),

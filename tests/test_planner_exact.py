@@ -21,6 +21,7 @@ from fxsplit.planning.guard import Guard
 from fxsplit.planning.limits import violations
 from fxsplit.planning.links import Links
 from fxsplit.planning.planner import OPTIMIZERS, _codecs, _objective, plan
+from fxsplit.planning.predict import link_bytes
 from fxsplit.planning.problem import Option, Problem
 from fxsplit.planning.profile import CodecSpeed, NodeSeconds, Profile
 from fxsplit.planning.stages import Codecs
@@ -93,7 +94,7 @@ def random_profile(draw: random.Random, costs: CostTable, devices: list[str], co
         device: {
             node.name: NodeSeconds(_seconds(draw), _seconds(draw), _seconds(draw) / 10) for node in costs.nodes
         }
-        for device in set(devices)
+        for device in dict.fromkeys(devices)  # not a set, whose order no seed fixes
         if draw.random() < 0.7
     }
     speeds = {
@@ -212,6 +213,16 @@ def random_budget(draw: random.Random, drafts: list[Draft]) -> dict[str, Any]:
     return {name: lines[name] for name in draw.sample(list(lines), draw.randint(1, 3))}
 
 
+def direction_budget(draw: random.Random, drafts: list[Draft]) -> dict[str, Any]:
+    """A limit of one direction between two workers that some of the drafts break, or all; nothing without any."""
+    draft = drafts[draw.randint(0, len(drafts) - 1)]
+    sent = link_bytes(draft.edges, draft.workers, with_gradients=draft.is_training)
+    if not sent:
+        return {}
+    (sender, receiver), count = draw.choice(sorted(sent.items()))
+    return {"link_bytes": {f"{sender} -> {receiver}": int(count * draw.choice([0.3, 0.9, 1.0]))}}
+
+
 @pytest.mark.parametrize("seed", range(500))
 def test_the_choice_is_that_of_brute_force(seed: int) -> None:
     assert_best(seed, *case(seed))
@@ -232,7 +243,8 @@ def assert_best(
         with pytest.raises(PlanError):
             plan(costs, devices, **options, budget=Budget(**links))
         return
-    for lines in ({}, random_budget(draw, drafts)):
+    budgets = [{}, random_budget(draw, drafts), *([direction_budget(draw, drafts)] if seed % 4 == 0 else [])]
+    for lines in budgets:
         budget = Budget(**links, **lines)
         problem = problem_of(costs, devices, options, budget)
         excess = [max((v.excess for v in violations(d, costs, budget)), default=0.0) for d in drafts]

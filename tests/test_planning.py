@@ -274,11 +274,43 @@ def test_objectives_differ() -> None:
         plan(costs, devices, objective="energy")
 
 
-def test_a_long_chain_over_many_devices_is_exact_and_quick() -> None:
-    draw = random.Random(0)
-    costs = chain([draw.randint(10**6, 10**8) for _ in range(3000)], [draw.randint(1, 10**5) for _ in range(3000)])
-    found = plan(costs, ["cpu", *(f"w{i}/cpu" for i in range(7))], chunks=8)
-    assert found.is_optimal
+def test_the_price_by_hand() -> None:
+    """A device is taken as long as it saves more of the others' hours than its own cost."""
+    devices, macs = ["cpu", "cuda"], TOY.forward_macs
+    alone_s = 3 * macs / 2.5e10 + 4 * 2 * 1e-5  # estimates: MACs a second, and of an operation
+    split = plan(TOY, devices, placement="auto")
+    split_s = split.predicted_step_s
+    assert list(split.devices) == devices and split_s < alone_s
+    even = 0.5 * (alone_s / split_s - 1.0)  # (0.5 + even) * split_s is 0.5 * alone_s
+    for per_h, taken in ((0.99 * even, devices), (1.01 * even, ["cpu"])):
+        asked: dict[str, Any] = {"objective": "price", "price": {"cpu": 0.5, "cuda": per_h}}
+        found = plan(TOY, devices, placement="auto", **asked)
+        assert list(found.devices) == taken and found.is_optimal
+        step_s = split_s if len(taken) == 2 else alone_s
+        assert found.predicted_step_s == pytest.approx(step_s)
+        step_price = step_s * (0.5 + per_h * (len(taken) == 2)) / 3600
+        assert found.note.endswith(f"objective: price, {step_price:.3g} a step")
+
+
+def test_a_price_is_least_with_few_devices_in_the_long_search_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = ["cpu", "a/cuda", "b/cuda", "c/cuda"]
+    costs = chain([10**10] * 6, [10**3] * 6)
+    prices = {**dict.fromkeys(devices, 1.0), "cpu": 0.1}
+    asked: dict[str, Any] = {"objective": "price", "price": prices, "chunks": 4}
+    assert len(plan(costs, devices, placement="auto", chunks=4).devices) > 2, "which is faster"
+    best = plan(costs, devices, placement="auto", **asked)
+    assert best.is_optimal and len(best.devices) == 2
+    monkeypatch.setattr(planner, "EXACT_CELLS", 0)
+    found = plan(costs, devices, placement="auto", **asked)
+    assert found.predicted_step_s == pytest.approx(best.predicted_step_s) and len(found.devices) == 2
+
+
+def test_a_client_that_has_no_price_does_all_for_nothing() -> None:
+    asked: dict[str, Any] = {"objective": "price", "price": {"cuda": 2.5}}
+    found = plan(TOY, ["cpu", "cuda"], placement="auto", **asked)
+    assert found.devices == ("cpu",) and found.is_optimal and "price, 0 a step" in found.note
+    given = plan(TOY, ["cpu", "cuda"], **asked)
+    assert given.note.endswith(f"price, {given.predicted_step_s * 2.5 / 3600:.3g} a step")
 
 
 @pytest.mark.parametrize(
@@ -303,6 +335,12 @@ def test_a_long_chain_over_many_devices_is_exact_and_quick() -> None:
             r"unknown device[^$]*gpu[^$]*cpu, server/cuda",
         ),
         (SANDWICH, {"budget": Budget(link_bytes={"m": 1})}, BudgetError, r"unknown cut[^$]*m3, m2, m1"),
+        (
+            SANDWICH,
+            {"budget": Budget(link_bytes={"cpu -> b": 1})},
+            BudgetError,
+            r"link_bytes names an unknown device",
+        ),
         (SANDWICH, {"compressor": "zip"}, CompressorError, "unknown compressor"),
         (["cpu", "tpu"], {}, DeviceError, "tpu"),
     ],
@@ -321,6 +359,8 @@ def test_bad_requests(devices: list[str], options: dict[str, Any], error: type[E
         ),
         ({"memory": {"server/cuda": "10kB"}}, r"memory of server/cuda is missed by[^$]*allowed: 10\.0 kB"),
         ({"link_bytes": "35kB"}, r"link_bytes from client to server is missed by 200 B \(0\.571 %\)"),
+        ({"link_bytes": {"cpu -> server/cuda": "35kB"}}, r"from client to server is missed by 200 B"),
+        ({"link_bytes": {"server -> client": "16kB"}}, r"link_bytes from server to client is missed by"),
         ({"link_bytes": {"m1": "16kB"}}, r"over the cut m1 is missed by 16\.0 kB \(100 %\)"),
         ({"step_time": "1us"}, r"step_time is missed by [^$]*allowed: 1\.00 us"),
     ],

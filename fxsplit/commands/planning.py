@@ -25,7 +25,8 @@ BudgetOption = Annotated[
         "--budget",
         metavar="LINE=LIMIT",
         show_default=False,
-        help="A limit: memory=2GiB, memory.cuda=2GiB, macs.cpu=1e9, link_bytes=8MB, step_time=400ms. Repeatable.",
+        help="A limit: memory=2GiB, memory.cuda=2GiB, macs.cpu=1e9, link_bytes=8MB, 'link_bytes.cpu->cuda=8MB', "
+        "step_time=400ms. Repeatable.",
         rich_help_panel=_PANEL,
     ),
 ]

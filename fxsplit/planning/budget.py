@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TypeVar
@@ -23,8 +23,9 @@ class Budget:
     Attributes:
         macs: forward MACs of one batch on a device: one limit for every device, or device -> limit.
         memory: bytes on a device, as `Part.memory_bytes` estimates them: one limit, or device -> limit.
-        link_bytes: bytes a training step moves over one link in its busier direction; or cut name -> limit of
-            the bytes over that cut, if the plan cuts there.
+        link_bytes: bytes of a batch over every link in its busier direction, gradients included where there are
+            any; or of some: 'cpu -> server/cuda' -> of this direction (replicas count together), or cut name ->
+            over that cut, if the plan cuts there.
         bandwidth: bytes per second of every link; or of some: device -> of all links of its worker, or
             'cpu -> server/cuda' -> of this direction. An assumption of the prediction, not a limit.
         latency: seconds a message takes, in the same ways. An assumption of the prediction, not a limit.
@@ -80,8 +81,17 @@ class Budget:
     @property
     def cut_limits(self) -> Mapping[str, int]:
         """Bytes allowed over a cut in its busier direction, by cut name."""
-        limits = self.link_bytes
-        return {cut: int(limit) for cut, limit in limits.items()} if isinstance(limits, Mapping) else {}
+        limits = self.link_bytes if isinstance(self.link_bytes, Mapping) else {}
+        return {cut: int(limit) for cut, limit in limits.items() if ends_of(cut) is None}
+
+    def limit_between(self, sender: Container[str], receiver: Container[str]) -> int | None:
+        """Bytes allowed from one worker to another, each by all of its names; None is no limit."""
+        if not isinstance(self.link_bytes, Mapping):
+            return self.link_limit
+        pairs = ((ends_of(key), int(limit)) for key, limit in self.link_bytes.items())
+        return min(
+            (limit for ends, limit in pairs if ends and ends[0] in sender and ends[1] in receiver), default=None
+        )
 
     @property
     def step_time_s(self) -> float | None:
@@ -123,9 +133,10 @@ class Budget:
                 if device not in devices:
                     known = ", ".join(dict.fromkeys(devices))
                     raise BudgetError(f"the budget's {line} names an unknown device", found=device, allowed=known)
-        for line, rates in (("bandwidth", self.bandwidth), ("latency", self.latency)):
+        for line in ("bandwidth", "latency", "link_bytes"):
+            rates = getattr(self, line)
             for key in rates if isinstance(rates, Mapping) else ():
-                for end in ends_of(key) or (key,):
+                for end in ends_of(key) or (() if key in self.cut_limits else (key,)):
                     if end not in devices and end not in workers:
                         known = f"{', '.join(dict.fromkeys([*devices, *workers]))}, or two of them with '->'"
                         raise BudgetError(f"the budget's {line} names an unknown device", found=key, allowed=known)

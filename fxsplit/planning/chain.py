@@ -4,14 +4,15 @@ GPipe's step of a chain is the sum of all forward times of a micro-batch, plus c
 them, and the same backward. With limits F and B on the longest, the least sum is a shortest path: one pass over
 the nodes for each device, with a sliding window minimum over the places where its stage may begin. What remains
 is a search over two numbers: a box of limits has as its bound the sum at its largest limits and the longest at its
-smallest, and is halved until it cannot hold anything better.
+smallest, and is halved until it cannot hold anything better. Inference is the forward half of it; in a steady
+stream of batches the longest counts alone.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +43,7 @@ class Chain:
         pair: [devices, devices], which pair two devices are.
         leaves_out: whether devices may be left out; the first may then begin and end at place 0.
         weight: what the longest counts: chunks - 1.
+        total: what the sum counts: 1, or 0 in a steady stream.
     """
 
     forward: FloatArray
@@ -53,13 +55,25 @@ class Chain:
     pair: IntArray
     leaves_out: bool
     weight: float
+    total: float = 1.0
+
+    def of(self, devices: Sequence[int]) -> Chain:
+        """The same with these devices alone."""
+        kept = list(devices)
+        return replace(
+            self,
+            forward=self.forward[kept],
+            backward=self.backward[kept],
+            limits=self.limits[kept],
+            pair=self.pair[np.ix_(kept, kept)],
+        )
 
 
 class Path(NamedTuple):
     """A way to cut.
 
     Attributes:
-        value: the step, or infinite if there is none.
+        value: the step, or infinite if there is none; then nothing else is said.
         devices: those that have a stage.
         places: where their stages but the first begin.
         longest: the longest piece of work of a micro-batch, forward and backward.
@@ -72,8 +86,13 @@ class Path(NamedTuple):
 
 
 class _Found(NamedTuple):
-    sum_s: float
+    sum_s: float  # as much of it as counts
     path: Path
+
+
+def has_path(chain: Chain) -> bool:
+    """Whether there is a way to cut within the limits."""
+    return bool(np.isfinite(_solve(chain, np.inf, np.inf).sum_s))
 
 
 def best_path(chain: Chain) -> tuple[Path, float]:
@@ -83,7 +102,8 @@ def best_path(chain: Chain) -> tuple[Path, float]:
     if not np.isfinite(best.value):
         return best, float("inf")
     # What is better has no greater sum of the longest, since no sum is less.
-    most = (sum(best.longest), sum(best.longest))
+    has_back = bool(chain.backward.any() or chain.back[..., 1:].any())
+    most = (sum(best.longest), sum(best.longest) if has_back else 0.0)
     boxes = [(whole.sum_s, 0, (0.0, 0.0), most, whole)]
     while boxes and boxes[0][0] < best.value * (1.0 - GAP) and passes < MOST_PASSES:
         _, _, least, most, found = heapq.heappop(boxes)
@@ -131,8 +151,10 @@ def _solve(chain: Chain, longest_there: float, longest_back: float) -> _Found:
         places.append(start)
         device, place = source, start
         devices.append(device)
-    value = sum_s + chain.weight * (longest[0] + longest[1])
-    return _Found(sum_s, Path(value, tuple(reversed(devices)), tuple(reversed(places)), (longest[0], longest[1])))
+    sum_s *= chain.total
+    there_s, back_s = float(longest[0]), float(longest[1])
+    value = sum_s + chain.weight * (there_s + back_s)
+    return _Found(sum_s, Path(value, tuple(reversed(devices)), tuple(reversed(places)), (there_s, back_s)))
 
 
 def _hops(seconds: FloatArray, longest: float) -> tuple[FloatArray, FloatArray]:

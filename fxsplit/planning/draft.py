@@ -32,6 +32,7 @@ class Draft:
         times: of a micro-batch.
         outcome: what is predicted.
         price_per_s: by which the seconds are weighed.
+        is_training: whether gradients come back.
     """
 
     placements: tuple[Placement, ...]
@@ -45,6 +46,7 @@ class Draft:
     times: Times
     outcome: Outcome
     price_per_s: float
+    is_training: bool
 
     @property
     def workers(self) -> tuple[str, ...]:
@@ -99,6 +101,7 @@ class Draft:
             times,
             outcome,
             price_per_s,
+            training,
         )
 
 

@@ -35,7 +35,7 @@ from fxsplit.planning.hops import (
     least_columns,
     least_hops,
 )
-from fxsplit.planning.limits import excess_of_count, excess_of_time, limits_by_position
+from fxsplit.planning.limits import excess_of_count, excess_of_time, limits_by_position, link_limit
 from fxsplit.planning.parts import is_local
 from fxsplit.planning.predict import all_reduce_s
 from fxsplit.planning.problem import Option, Problem
@@ -266,16 +266,18 @@ class Lattice:
         ends = (*self._workers, CLIENT, CLIENT)  # the output is the stage after the last, the input is stage -1
         for (source, target), (there, back) in found.wire_bytes.items():
             sent[ends[source], ends[target]] = sent[ends[source], ends[target]] + there
-            sent[ends[target], ends[source]] = sent[ends[target], ends[source]] + back
+            if problem.objective.is_training:
+                sent[ends[target], ends[source]] = sent[ends[target], ends[source]] + back
         limited = [(macs[device], budget.macs_limit(device)) for device in macs]
         limited += [(memory[device], budget.memory_limit(device)) for device in macs]
-        limited += [(count, budget.link_limit) for count in sent.values()]
+        limited += [(count, link_limit(budget, placements, *pair)) for pair, count in sent.items()]
         for count, limit in limited:
             if limit is not None:
                 yield excess_of_count(np.asarray(count, np.float64), limit)
         for cut, allowed in enumerate(limits, 1) if self._cut_limits else ():
             over = [both for pair, both in found.wire_bytes.items() if pair[0] < cut <= pair[1]]
-            busier = np.maximum(*(sum((both[way] for both in over), none) for way in (0, 1)))
+            ways = (0, 1) if problem.objective.is_training else (0, 0)
+            busier = np.maximum(*(sum((both[way] for both in over), none) for way in ways))
             yield np.where(allowed < 0, -1.0, (busier - allowed) / np.maximum(allowed, 1))
 
     def _flows(self) -> Iterator[tuple[int, int, Intervals, Uses]]:

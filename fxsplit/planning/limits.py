@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,12 +13,16 @@ from numpy.typing import NDArray
 from fxsplit.costs import CostTable
 from fxsplit.errors import BudgetError
 from fxsplit.planning.budget import Budget
+from fxsplit.planning.devices import Placement
 from fxsplit.planning.draft import Draft
 from fxsplit.planning.parts import edges_across
 from fxsplit.planning.predict import link_bytes
 from fxsplit.planning.units import format_bytes, format_macs, format_seconds
 
 Amount = TypeVar("Amount", float, NDArray[np.float64])
+
+STEP_TIME = "step_time"
+"""The line of the budget that a plan's times break, and not its counts."""
 
 TIME_SLACK = 1e-9
 """Relative excess of a time that still counts as none: sums of floats differ by their order."""
@@ -62,6 +66,23 @@ def limits_by_position(costs: CostTable, budget: Budget) -> dict[int, int]:
     return limits
 
 
+def link_limit(budget: Budget, placements: Sequence[Placement], sender: str, receiver: str) -> int | None:
+    """Bytes of a batch allowed from one worker to another; None is no limit."""
+    if not isinstance(budget.link_bytes, Mapping):
+        return budget.link_limit
+    names = (
+        {
+            name
+            for p in placements
+            if p.worker == worker
+            for r in (p, *p.replicas)
+            for name in (r.worker, r.spelling)
+        }
+        for worker in (sender, receiver)
+    )
+    return budget.limit_between(*names)
+
+
 def violations(draft: Draft, costs: CostTable, budget: Budget) -> tuple[Violation, ...]:
     """The lines of the budget that a draft breaks, the worst first."""
     found: list[Violation] = []
@@ -78,21 +99,26 @@ def violations(draft: Draft, costs: CostTable, budget: Budget) -> tuple[Violatio
     for device in macs:
         check(f"macs of {device}", macs[device], budget.macs_limit(device), format_macs)
         check(f"memory of {device}", memory[device], budget.memory_limit(device), format_bytes)
-    for (sender, receiver), count in link_bytes(draft.edges, draft.workers).items():
-        check(f"link_bytes from {sender} to {receiver}", count, budget.link_limit, format_bytes)
+    sent = link_bytes(draft.edges, draft.workers, with_gradients=draft.is_training)
+    for (sender, receiver), count in sent.items():
+        limit = link_limit(budget, draft.placements, sender, receiver)
+        check(f"link_bytes from {sender} to {receiver}", count, limit, format_bytes)
     cut_limits = limits_by_position(costs, budget) if budget.cut_limits else {}
     for stage, (name, position) in enumerate(zip(draft.names, draft.positions, strict=True), 1):
         if position in cut_limits:
             over = edges_across(stage, draft.edges, draft.workers)
-            busier = max(sum(e.wire_bytes for e in over), sum(e.gradient_wire_bytes for e in over))
+            back = sum(e.gradient_wire_bytes for e in over) if draft.is_training else 0
+            busier = max(sum(e.wire_bytes for e in over), back)
             check(f"link_bytes over the cut {name}", busier, cut_limits[position], format_bytes)
     allowed = budget.step_time_s
     if allowed is not None and (excess := excess_of_time(draft.outcome.seconds, allowed)) > 0:
-        found.append(Violation("step_time", draft.outcome.seconds, allowed, excess, format_seconds))
+        found.append(Violation(STEP_TIME, draft.outcome.seconds, allowed, excess, format_seconds))
     return tuple(sorted(found, key=lambda violation: -violation.excess))
 
 
-def check_budget(draft: Draft, costs: CostTable, budget: Budget, *, searched: bool) -> None:
+def check_budget(
+    draft: Draft, costs: CostTable, budget: Budget, *, searched: bool, is_proven: bool = True
+) -> None:
     """Check a plan against the budget.
 
     Args:
@@ -100,6 +126,7 @@ def check_budget(draft: Draft, costs: CostTable, budget: Budget, *, searched: bo
         costs: the table it was made from.
         budget: its limits.
         searched: whether the cuts were chosen here.
+        is_proven: whether all that could satisfy it was looked at, then.
 
     Raises:
         BudgetError: naming the line that is missed by most, what was found and what is allowed.
@@ -109,7 +136,8 @@ def check_budget(draft: Draft, costs: CostTable, budget: Budget, *, searched: bo
         return
     worst = broken[0]
     missed = f"{worst.show(worst.found - worst.allowed)} ({100 * worst.excess:.3g} %)"
-    subject = "no plan satisfies the budget" if searched else "the plan breaks the budget"
+    none = "no plan satisfies the budget" if is_proven else "no plan was found that satisfies the budget"
+    subject = none if searched else "the plan breaks the budget"
     cuts = ", ".join(draft.names) or "none"
     codecs = dict.fromkeys(map(str, draft.codecs.all)) if draft.names else {}
     nearest_plan = f"on {', '.join(p.spelling for p in draft.placements)}, cuts: {cuts}, chunks: {draft.chunks}"

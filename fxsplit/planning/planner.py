@@ -13,7 +13,7 @@ from fxsplit.errors import BudgetError, PlanError, nearest
 from fxsplit.planning.alternatives import alternatives
 from fxsplit.planning.branches import MOST_NODES, Division, best_bipartition
 from fxsplit.planning.budget import Budget
-from fxsplit.planning.devices import Placement, parse_devices
+from fxsplit.planning.devices import parse_devices
 from fxsplit.planning.draft import Draft, outermost
 from fxsplit.planning.forecast import PlannedLink, hops_of
 from fxsplit.planning.guard import Guard
@@ -122,7 +122,7 @@ def plan(
     )
     _check_places(problem)
     choice = (Search(problem) if problem.is_small(EXACT_CELLS) else LongSearch(problem)).run()
-    check_budget(choice.draft, costs, budget, searched=cuts is None)
+    check_budget(choice.draft, costs, budget, searched=cuts is None, is_proven=choice.is_budget_proven)
     if names:  # how good the given cuts are beside all others
         free = replace(problem, given=None)
         bound = Search(free).least_bound() if free.is_small(EXACT_CELLS) else 0.0
@@ -246,7 +246,7 @@ def _built(problem: Problem, choice: Choice, names: Sequence[str] | None, optimi
         predicted_step_s=step_s,
         lower_bound_s=step_s if choice.is_optimal else min(ratio, 1.0) * step_s,
         is_optimal=choice.is_optimal,
-        note=_note(problem, draft.placements, given=names is not None),
+        note=_note(problem, draft, given=names is not None),
         links=_links(problem, draft),
         hops=hops_of(draft.times, len(draft.placements)),
         optimizer=optimizer,
@@ -295,9 +295,9 @@ def _check_places(problem: Problem) -> None:
         )
 
 
-def _note(problem: Problem, placements: Sequence[Placement], *, given: bool) -> str:
+def _note(problem: Problem, draft: Draft, *, given: bool) -> str:
     """How the plan came about and what it assumes."""
-    profile = problem.profile
+    profile, placements = problem.profile, draft.placements
     nodes = problem.costs.nodes
     measured = dict.fromkeys(p.spelling for p in placements if profile.is_measured(p, nodes))
     types = dict.fromkeys(p.device_type for p in placements if not profile.is_measured(p, nodes))
@@ -312,5 +312,6 @@ def _note(problem: Problem, placements: Sequence[Placement], *, given: bool) -> 
         rate = f"{format_bytes(link.bytes_per_s)}/s, {format_seconds(link.latency_s)}"
         facts.append(f"{name} {rate} ({link.origin})")
     if problem.objective.name != "step":
-        facts.append(f"objective: {problem.objective.name}")
+        price = f", {draft.value:.3g} a step" if problem.objective.name == "price" else ""
+        facts.append(f"objective: {problem.objective.name}{price}")
     return "; ".join(facts)

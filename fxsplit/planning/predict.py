@@ -204,7 +204,9 @@ def outcome_of(
     return Outcome(replayed(dealt(orders), workers, times).step_s, live)
 
 
-def link_bytes(edges: Iterable[Edge], workers: tuple[str, ...]) -> dict[tuple[str, str], int]:
+def link_bytes(
+    edges: Iterable[Edge], workers: tuple[str, ...], *, with_gradients: bool = True
+) -> dict[tuple[str, str], int]:
     """Bytes of a batch on the wire from one worker to another, activations and gradients together."""
     sent: dict[tuple[str, str], int] = defaultdict(int)
     for edge in edges:
@@ -212,5 +214,5 @@ def link_bytes(edges: Iterable[Edge], workers: tuple[str, ...]) -> dict[tuple[st
             maker = CLIENT if edge.source == -1 else workers[edge.source]
             user = CLIENT if edge.target == len(workers) else workers[edge.target]
             sent[maker, user] += edge.wire_bytes
-            sent[user, maker] += edge.gradient_wire_bytes
+            sent[user, maker] += edge.gradient_wire_bytes if with_gradients else 0
     return dict(sent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
@@ -12,7 +12,7 @@ import numpy as np
 
 from fxsplit.compressors.base import Compressor
 from fxsplit.costs import CostTable, Value
-from fxsplit.errors import CompressorError
+from fxsplit.errors import CompressorError, PlanError
 from fxsplit.planning.bounds import FloatArray, Rules
 from fxsplit.planning.budget import Budget
 from fxsplit.planning.devices import Placement
@@ -23,6 +23,7 @@ from fxsplit.planning.profile import Profile
 from fxsplit.planning.recompute import least_needs
 from fxsplit.planning.stages import Codecs, Stages
 from fxsplit.schedules import Times, schedule
+from fxsplit.schedules.replicas import check_replicas
 
 _KEPT_STAGES = 64
 _TOO_MANY_BYTES = 2**50
@@ -188,6 +189,17 @@ class Problem:
     def rules(self) -> Rules:
         """Of the schedule."""
         return Rules.of(self.schedule)
+
+    def accepts(self, workers: Sequence[str], chunks: int) -> bool:
+        """Whether the schedule is for these stages and micro-batches; forwards alone have none but replicas."""
+        try:
+            if self.objective.is_training:
+                schedule(self.schedule).check(workers, chunks)
+            else:
+                check_replicas(workers, chunks)
+        except PlanError:
+            return False
+        return True
 
     def options(self) -> Iterator[Option]:
         """The devices that may have stages, the client's first always among them, with each number of chunks."""

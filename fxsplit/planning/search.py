@@ -35,11 +35,13 @@ class Choice:
         draft: it; the one that comes nearest if none satisfies the budget.
         bound: no plan comes below this.
         is_optimal: whether it is proven to be the best.
+        is_budget_proven: whether it is proven, if it breaks the budget, that nothing keeps it.
     """
 
     draft: Draft
     bound: float
     is_optimal: bool
+    is_budget_proven: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class Search:
         if self._best is None:
             raise self._refused()
         bound = min(self._left, self._best.value)
-        return Choice(self._best, bound, bound >= self._best.value * (1.0 - SAME))
+        is_all = self._left == float("inf")
+        return Choice(self._best, bound, bound >= self._best.value * (1.0 - SAME), is_budget_proven=is_all)
 
     def least_bound(self) -> float:
         """No choice of cuts comes below this, whatever the budget."""

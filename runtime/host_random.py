@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fxsplit.errors import SnapshotError
 
 _WORDS = 624  # of the Mersenne Twister, which both use
 
@@ -43,13 +46,35 @@ def host_states() -> tuple[Tensor, Tensor]:
 
 
 def set_host_states(given: Sequence[Tensor]) -> None:
-    """Goes on from what `host_states` gave."""
+    """Goes on from what `host_states` gave.
+
+    Raises:
+        SnapshotError: these are no such states.
+    """
+    if [tuple(state.shape) for state in given] not in ([(_WORDS + 2,)] * 2, [(_WORDS + 2,), (0,)]):
+        raise no_states(", ".join(str(list(state.shape)) for state in given))
     python, numpy = given
-    words, kept = python[:-1].tolist(), float(python[-1])
-    random.setstate((3, tuple(map(int, words)), None if np.isnan(kept) else kept))
-    if len(numpy):
-        key, position, number = numpy[:_WORDS].numpy().astype(np.uint32), int(numpy[_WORDS]), float(numpy[-1])
-        np.random.set_state(("MT19937", key, position, int(not np.isnan(number)), np.nan_to_num(number)))
+    with refusing():
+        words, kept = python[:-1].tolist(), float(python[-1])
+        random.setstate((3, tuple(map(int, words)), None if np.isnan(kept) else kept))
+        if len(numpy):
+            key, position, number = numpy[:_WORDS].numpy().astype(np.uint32), int(numpy[_WORDS]), float(numpy[-1])
+            np.random.set_state(("MT19937", key, position, int(not np.isnan(number)), np.nan_to_num(number)))
+
+
+def no_states(found: str) -> SnapshotError:
+    """The error of states that are none."""
+    what = "random numbers cannot go on from these states"
+    return SnapshotError(what, found=found, allowed="states of generators", hint="an older snapshot")
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Says of errors inside, which are those of generators, that their states are none."""
+    try:
+        yield
+    except (ValueError, TypeError, IndexError, OverflowError, RuntimeError) as error:
+        raise no_states(str(error)) from error
 
 
 def host_seed() -> int:

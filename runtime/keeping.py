@@ -16,7 +16,7 @@ from fxsplit.runtime.holding import Holding
 from fxsplit.runtime.host_random import host_states, seed_host, set_host_states
 from fxsplit.runtime.parameters import ParameterStore
 from fxsplit.snapshots import files
-from fxsplit.snapshots.checkpoint import BUFFER, CODEC, GRADIENT, HOST, OPTIMIZER, STATE
+from fxsplit.snapshots.checkpoint import BUFFER, CODEC, GRADIENT, HOST, OPTIMIZER, STATE, memory_key
 from fxsplit.snapshots.manifest import json_value
 
 Memories = dict[tuple[Any, ...], dict[str, Tensor]]
@@ -170,25 +170,26 @@ class Keeper:
                     buffer.copy_(kept)
         gradients = {k.partition("/")[2]: v for k, v in entries.items() if k.startswith(f"{GRADIENT}/")}
         self._parameters.replace_gradients(gradients)
-        states: dict[int, dict[str, dict[str, Any]]] = {}
+        optimizers: dict[int, dict[str, dict[str, Any]]] = {}
         for key, value in entries.items():
             if key.startswith(f"{OPTIMIZER}/"):
                 _, index, entry, name = key.split("/", 3)
-                states.setdefault(int(index), {}).setdefault(name, {})[entry] = value
+                optimizers.setdefault(int(index), {}).setdefault(name, {})[entry] = value
         for number in self._parameters.optimizer_numbers:
-            self._parameters.load_optimizer_state(number, states.setdefault(number, {}))
+            self._parameters.load_optimizer_state(number, optimizers.setdefault(number, {}))
         self._memories.clear()
         if with_codecs:
             self._restore_memories(entries)
-            if self._name is not None and f"{HOST}/0" in entries:
-                set_host_states([entries[f"{HOST}/{index}"] for index in range(2)])
+            states = [entries[key] for key in (f"{HOST}/0", f"{HOST}/1") if key in entries]
+            if self._name is not None and states:
+                set_host_states(states)
 
     def _restore_memories(self, entries: Mapping[str, Any]) -> None:
         devices = {stage: device for stage, device in self._holding.devices.items()}
         for key, value in entries.items():
             if not key.startswith(f"{CODEC}/") or not isinstance(value, Tensor):
                 continue
-            *end, name = json.loads(key.partition("/")[2])
+            *end, name = memory_key(key.partition("/")[2])
             stage = end[2] if (end[0] == "send") != end[5] else end[3]
             device = devices.get(stage, next(iter(devices.values()), torch.device("cpu")))
             self._memories.setdefault(tuple(end), {})[name] = value.to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -68,8 +69,7 @@ class Loop:
             set_process_states(self._states[0], self._device)
         self._began = process_states(self._device)
         iterator = iter(batches)
-        for _ in range(skipped):
-            next(iterator, None)
+        next(islice(iterator, skipped, skipped), None)  # ends with the data, whatever number the snapshot has
         self._batches = skipped
         if resumes:
             set_process_states(self._states[1], self._device)

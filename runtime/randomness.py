@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxsplit.runtime.host_random import host_states, set_host_states
+from fxsplit.runtime.host_random import host_states, refusing, set_host_states
 from fxsplit.runtime.packet import Key
 from fxsplit.trace.replay import generator_states
 
@@ -92,9 +92,14 @@ def process_states(device: torch.device) -> tuple[Tensor, ...]:
 
 
 def set_process_states(given: Sequence[Tensor], device: torch.device) -> None:
-    """Goes on from what `process_states` gave."""
+    """Goes on from what `process_states` gave.
+
+    Raises:
+        SnapshotError: these are no such states.
+    """
     set_host_states(given[:2])
-    set_states(given[2:], device)
+    with refusing():
+        set_states(given[2:], device)
 
 
 def state_key(run: int, stage: int) -> Key:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,18 @@ from fxsplit.snapshots.manifest import NAME, Manifest, snapshot_folders
 STATE, BUFFER, GRADIENT, OPTIMIZER, CODEC, RANDOM = "state", "buffer", "gradient", "optimizer", "codec", "random"
 HOST = "host"  # random numbers of Python and numpy, in the process of a worker
 """What a key in a file begins with, before the first slash."""
+
+_RESTS: Mapping[str, str] = {
+    STATE: ".+",
+    BUFFER: ".+",
+    GRADIENT: ".+",
+    OPTIMIZER: r"[0-9]{1,9}/[^/]+/.+",
+    CODEC: r"\[.+\]",
+    RANDOM: "(commit|pass)/[0-9]{1,3}",
+    HOST: "[01]",
+}
+_ARE_TENSORS = (GRADIENT, CODEC, RANDOM, HOST)
+_MEMORY = (str, str, int, int, int, bool, str)
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,8 @@ class Checkpoint:
             path = folder / part.file
             tensors = files.tensors_of_bytes(files.read_verified(path, part.size_bytes, part.sha256), path)
             parts[part.worker] = {**tensors, **part.values}
+            for key, value in parts[part.worker].items():
+                _check_entry(key, value, path)
         return cls(folder, manifest, parts)
 
     def entries(self, kind: str) -> Iterator[tuple[str, Any]]:
@@ -122,6 +138,40 @@ class Checkpoint:
         return tuple(value for _, value in found)
 
 
+def memory_key(rest: str) -> tuple[Any, ...]:
+    """Whose memory an entry of a compressor is, and what of it: the end of an edge, and a name.
+
+    Args:
+        rest: of the entry's key, behind the kind.
+
+    Raises:
+        ValueError: it does not say so.
+    """
+    key = json.loads(rest)
+    if not isinstance(key, list) or tuple(map(type, key)) != _MEMORY:
+        raise ValueError(f"{len(key)} values" if isinstance(key, list) else "no list")
+    return tuple(key)
+
+
+def _check_entry(key: str, value: Any, path: Path) -> None:
+    """Refuses what no worker has written, though its checksum is right.
+
+    Raises:
+        SnapshotError: what it is called, or that it is no tensor.
+    """
+    kind, _, rest = key.partition("/")
+    where = f"{path}, {key[:80]!r}"
+    if kind not in _RESTS or not re.fullmatch(_RESTS[kind], rest, re.DOTALL):
+        raise files.damaged(where, "an entry of this name", f"{', '.join(_RESTS)}, and what is kept of them")
+    if kind in _ARE_TENSORS and not isinstance(value, Tensor):
+        raise files.damaged(where, type(value).__name__, "a tensor")
+    if kind == CODEC:
+        try:
+            memory_key(rest)
+        except (ValueError, RecursionError) as error:
+            raise files.damaged(where, str(error), "one end of an edge, and a name") from error
+
+
 def load(directory: str | os.PathLike[str]) -> Checkpoint:
     """Reads what `pipe.save` has written, or the newest good snapshot of a directory of them.
 
@@ -148,7 +198,7 @@ def newest(directory: Path) -> Checkpoint | None:
     """The newest snapshot that is whole, with a warning for each newer one that is not; None if there are none.
 
     Raises:
-        SnapshotError: there are some, and none is whole.
+        SnapshotError: there are some, and none is whole, or all are of other versions.
     """
     problems = []
     for folder in snapshot_folders(directory).values():
@@ -165,9 +215,9 @@ def newest(directory: Path) -> Checkpoint | None:
     if problems:
         folder, first = problems[0]
         raise SnapshotError(
-            "no snapshot in this directory is whole",
+            "no snapshot in this directory can be used",
             where=folder,
-            found=f"{len(problems)} damaged; the newest: {first.found}",
+            found=f"{len(problems)} of them; of the newest: {first.what}, {first.found}",
             hint="another directory, to begin anew",
         ) from first
     return None

@@ -23,8 +23,8 @@ from fxsplit.planning.document import (
 from fxsplit.snapshots.files import damaged, digest, read, write
 
 NAME = "manifest.json"
-FORMAT = 1
-"""Of the files; another number is refused."""
+FORMAT = 2
+"""Of the files; another number is refused. Of 1 there are files with and without the random numbers of Python."""
 
 _PART_NAME = re.compile(r"part-\d{3}\.safetensors")
 _CHECKSUM = re.compile(r"[0-9a-f]{64}")
@@ -62,7 +62,8 @@ class Manifest:
         ties: name of a tied parameter or buffer -> its first name.
         split: what the pipeline was made of; codecs' memories fit only the same.
         optimizers: kind and parameter groups of each.
-        loop: where in the training data the client was.
+        loop: where in the training data the client was: `passes` begun and `batches` of the last one; and the
+            states of what is `kept`.
         parts: the files.
         versions: of fxsplit and torch, for people.
     """
@@ -105,6 +106,8 @@ class Manifest:
             found = str(getattr(error, "found", error))
             where = f"{path}, {getattr(error, 'where', None) or 'the text'}"
             raise damaged(where, found, str(getattr(error, "allowed", None) or "JSON")) from error
+        except SnapshotError as error:
+            raise error.at(str(path)) from None
 
     @classmethod
     def from_json(cls, data: object) -> Manifest:
@@ -112,12 +115,15 @@ class Manifest:
 
         Raises:
             PlanError: a field is missing, unknown, or not what it has to be.
+            SnapshotError: another version of fxsplit wrote it.
         """
-        fields = read_object(data, "manifest", {**_FIELDS, "format": _format})
+        _check_format(data)
+        fields = read_object(data, "manifest", {**_FIELDS, "format": integer(1)})
         del fields["format"]
-        names = [part.file for part in fields["parts"]]
-        if len(set(names)) < len(names):
-            refuse("manifest.parts", names, "each file once")
+        for what in ("file", "worker"):
+            names = [getattr(part, what) for part in fields["parts"]]
+            if len(set(names)) < len(names):
+                refuse("manifest.parts", names, f"each {what} once")
         return cls(**fields)
 
 
@@ -142,10 +148,17 @@ def snapshot_folders(directory: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def _format(data: object, where: str) -> int:
-    if data != FORMAT or isinstance(data, bool):
-        refuse(where, data, f"format {FORMAT}: another version of fxsplit wrote this")
-    return FORMAT
+def _check_format(data: object) -> None:
+    """Refuses what was whole for another version of fxsplit: nothing else can be said of its fields."""
+    number = data.get("format") if isinstance(data, dict) else None
+    if isinstance(number, int) and not isinstance(number, bool) and number > 0 and number != FORMAT:
+        who, hint = ("a newer", "update fxsplit") if number > FORMAT else ("an older", "the version that wrote it")
+        raise SnapshotError(
+            f"the snapshot was written by {who} version of fxsplit",
+            found=f"format {number}",
+            allowed=f"{FORMAT}",
+            hint=f"{hint}; or another directory, to begin anew",
+        )
 
 
 def _matching(pattern: re.Pattern[str], allowed: str) -> Reader[str]:
@@ -198,11 +211,22 @@ def _part(data: object, where: str) -> Part:
     return Part(**read_object(data, where, readers))
 
 
+def _options(data: object, where: str) -> dict[str, Any]:
+    options = _object(data, where)
+    if "params" in options:
+        refuse(where, "'params'", "options of an optimizer, beside its parameters")
+    return options
+
+
 def _optimizer(data: object, where: str) -> dict[str, Any]:
     group: Reader[dict[str, Any]] = lambda g, w: read_object(  # noqa: E731
-        g, w, {"options": _object, "parameters": list_of(text)}
+        g, w, {"options": _options, "parameters": list_of(text)}
     )
     return read_object(data, where, {"kind": text, "groups": list_of(group)})
+
+
+def _loop(data: object, where: str) -> dict[str, Any]:
+    return read_object(data, where, {"passes": integer(0), "batches": integer(0), "kept": _object})
 
 
 _FIELDS: Mapping[str, Reader[Any]] = {
@@ -212,7 +236,7 @@ _FIELDS: Mapping[str, Reader[Any]] = {
     "ties": _texts,
     "split": text,
     "optimizers": list_of(_optimizer),
-    "loop": _object,
+    "loop": _loop,
     "parts": list_of(_part),
     "versions": _texts,
 }

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import os
-import pickle
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -20,9 +17,6 @@ from torch.nn import functional as F
 
 import fxsplit
 from fxsplit.errors import SnapshotError
-from fxsplit.planning.calibration import Calibration
-from fxsplit.planning.link_file import load_links
-from fxsplit.snapshots.manifest import Manifest
 from tests.faults.scripts import CHAIN, CUTS, assert_same, batch, small_model, train
 
 OPTIONS: dict[str, Any] = {"cuts": CUTS, "chunks": 2, "verify": False, "transport": "in_process"}
@@ -34,7 +28,9 @@ def whole(steps: int) -> dict[str, torch.Tensor]:
         return train(pipe, steps)
 
 
-@pytest.mark.parametrize("build", ["the same", "another split", "another compressor", "over processes"])
+@pytest.mark.parametrize(
+    "build", ["the same", "other devices", "another split", "another compressor", "over processes"]
+)
 def test_a_checkpoint_is_taken_up_by(build: str, tmp_path: Path) -> None:
     """Any split of the model goes on with the numbers of one that was never saved."""
     directory = tmp_path / "checkpoint"
@@ -56,39 +52,20 @@ def test_a_checkpoint_is_taken_up_by(build: str, tmp_path: Path) -> None:
 
     others: dict[str, dict[str, Any]] = {
         "the same": {},
+        "other devices": {},
         "another split": {"cuts": ["4"]},
         "another compressor": {"compressor": "uniform8"},
         "over processes": {"transport": "rpc"},
     }
-    devices = CHAIN[:2] if build == "another split" else CHAIN
+    devices = {"another split": CHAIN[:2], "other devices": ["cpu", "three/cpu", "cpu"]}.get(build, CHAIN)
     options = {**OPTIONS, **others[build], "example_inputs": batch(0)[0]}
     with fxsplit.compile(small_model(), devices, **options) as pipe:
         pipe.restore(checkpoint)
         found = train(pipe, 12)
         assert pipe.committed_steps == 12
-    if build in ("the same", "over processes"):
+    if build in ("the same", "other devices", "over processes"):
         assert_same(found, whole(12))
     assert len(found["loss"]) == 6
-
-
-@pytest.fixture(scope="module")
-def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two snapshots of a model as small as can be."""
-    directory = tmp_path_factory.mktemp("snapshots")
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
-    settings = fxsplit.Snapshots(directory, every=1)
-    with fxsplit.compile(
-        model, ["cpu", "b/cpu"], cuts=["1"], transport="in_process", snapshots=settings, verify=False
-    ) as pipe:
-        optimizer = pipe.optimizer(torch.optim.SGD, lr=0.1)
-        for _ in range(2):
-            pipe.step(torch.ones(2, 2), target=torch.ones(2, 1), loss_fn=F.mse_loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            pipe._engine._snapshotter.wait(10.0)  # type: ignore[attr-defined]
-    assert sorted(p.name for p in directory.glob("step-*")) == ["step-00000001", "step-00000002"]
-    return directory
 
 
 def test_every_flipped_byte_and_every_truncation_is_noticed(snapshots: Path, tmp_path: Path) -> None:
@@ -148,45 +125,8 @@ def test_the_snapshot_before_is_used_when(damage: str, snapshots: Path, tmp_path
     with pytest.warns(UserWarning, match="step-00000002 is not used"):
         assert fxsplit.load(tmp_path / "s").step == 1
     shutil.rmtree(tmp_path / "s" / "step-00000001")
-    with pytest.raises(SnapshotError, match="no snapshot in this directory is whole"):
+    with pytest.raises(SnapshotError, match="no snapshot in this directory can be used"):
         fxsplit.load(tmp_path / "s")
-
-
-def rewritten(folder: Path, **changes: Any) -> None:
-    """The manifest with other fields, and a checksum that is right."""
-    from fxsplit.snapshots.files import digest
-
-    body = {**json.loads((folder / "manifest.json").read_bytes().partition(b"\n")[0]), **changes}
-    line = json.dumps(body).encode()
-    (folder / "manifest.json").write_bytes(line + b"\nsha256:" + digest(line).encode() + b"\n")
-
-
-PART = {"worker": "a", "file": "part-000.safetensors", "size_bytes": 1, "sha256": "0" * 64, "values": {}}
-BAD_FIELDS: dict[str, dict[str, Any]] = {
-    "a path": {"parts": [{**PART, "file": "../part-000.safetensors"}]},
-    "an absolute path": {"parts": [{**PART, "file": "/etc/passwd"}]},
-    "a file twice": {"parts": [PART, PART]},
-    "a huge size": {"parts": [{**PART, "size_bytes": 2**70}]},
-    "a negative size": {"parts": [{**PART, "size_bytes": -1}]},
-    "no checksum": {"parts": [{**PART, "sha256": ""}]},
-    "an unknown field": {"more": 1},
-    "another format": {"format": 2},
-    "a text for a number": {"step": "1"},
-    "true for a number": {"step": True},
-    "deep": {"loop": {"a": [[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]}},
-    "control characters": {"model": "\x1b[2J"},
-}
-
-
-@pytest.mark.parametrize("case", BAD_FIELDS)
-def test_a_manifest_with_a_right_checksum_is_not_trusted(case: str, snapshots: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "s"
-    shutil.copytree(snapshots / "step-00000002", folder)
-    rewritten(folder)
-    assert fxsplit.load(folder).step == 2
-    rewritten(folder, **BAD_FIELDS[case])
-    with pytest.raises(SnapshotError, match="damaged"):
-        fxsplit.load(folder)
 
 
 def test_old_snapshots_go(snapshots: Path, tmp_path: Path) -> None:
@@ -310,59 +250,3 @@ def test_shuffled_data_is_taken_up_in_its_order(tmp_path: Path) -> None:
     run(-1, rest)
     assert len(expected) == 12 and first == expected[:7]
     assert 5 <= len(rest) <= 10 and rest == expected[-len(rest) :]
-
-
-def test_a_manifest_says_what_it_was_given(tmp_path: Path) -> None:
-    manifest = Manifest(3, "M", ("a",), {"a": "a"}, "s", (), {"passes": 1, "kept": {"x": [1.5, None, True]}}, ())
-    manifest.save(tmp_path)
-    assert Manifest.load(tmp_path) == manifest
-    assert copy.deepcopy(manifest) == manifest
-
-
-class Payload:
-    """What a pickle runs when it is read."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.marker,)
-
-
-def test_no_file_is_unpickled(snapshots: Path, tmp_path: Path) -> None:
-    """A pickle in place of each kind of file, with right checksums where it has some, is refused and not run."""
-    from fxsplit.snapshots.files import digest
-
-    marker, folder = tmp_path / "marker", tmp_path / "s"
-    evil = pickle.dumps(Payload(marker))
-    zipped = tmp_path / "zipped"
-    torch.save(Payload(marker), zipped)
-    pickle.loads(evil)
-    assert marker.exists(), "it would run"
-    marker.unlink()
-    for content in (evil, zipped.read_bytes()):
-        file = tmp_path / "file"
-        file.write_bytes(content)
-        for read in (fxsplit.Plan.load, Calibration.load, load_links):
-            with pytest.raises(fxsplit.FxsplitError):
-                read(file)
-        shutil.copytree(snapshots / "step-00000002", folder)
-        parts = json.loads((folder / "manifest.json").read_bytes().partition(b"\n")[0])["parts"]
-        (folder / parts[0]["file"]).write_bytes(content)
-        parts[0] |= {"size_bytes": len(content), "sha256": digest(content)}
-        rewritten(folder, parts=parts)
-        with pytest.raises(SnapshotError):
-            fxsplit.load(folder)
-        (folder / "manifest.json").write_bytes(content)
-        with pytest.raises(SnapshotError):
-            fxsplit.load(folder)
-        shutil.rmtree(folder)
-    assert not marker.exists()
-
-
-def test_a_huge_manifest_is_not_read(snapshots: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "s"
-    shutil.copytree(snapshots / "step-00000002", folder)
-    os.truncate(folder / "manifest.json", 1 << 40)  # sparse: no room is taken
-    with pytest.raises(SnapshotError, match="at most"):
-        fxsplit.load(folder)

@@ -263,7 +263,7 @@ def _on_model(model: nn.Module, example: Arguments, client: str) -> Arguments:
 
 def _check_running(options: StageOptions, model: nn.Module, here: Iterable[Placement], timeout_s: float) -> None:
     """Refuses what this model, or the devices of this host, cannot do, and what is no time-out."""
-    if not timeout_s > 0:
+    if not isinstance(timeout_s, int | float) or not timeout_s > 0:
         raise PipelineError("not a time-out", where="timeout_s", found=repr(timeout_s), allowed="seconds, above 0")
     if options.compile_stages:
         check_alone(options.cuda_graphs)

@@ -83,7 +83,7 @@ def load_model(source: str, inputs: Sequence[InputShape] = ()) -> tuple[nn.Modul
     library, colon, name = source.partition(":")
     if colon and library in LIBRARIES:
         return LIBRARIES[library](name, inputs)
-    if colon and library.isidentifier() and len(library) > 1 and not Path(source).exists():
+    if colon and library.isidentifier() and len(library) > 1 and not os.path.exists(source):
         raise FxsplitError(
             f"models are not loaded from {library!r}",
             found=source,
@@ -110,7 +110,7 @@ def _from_file(path: Path, inputs: Sequence[InputShape]) -> tuple[nn.Module, Arg
 
 
 def _check_file(path: Path) -> None:
-    if path.is_dir():
+    if os.path.isdir(path):  # which, unlike `Path.is_dir`, takes a name that no file can have
         inside = sorted(file.name for file in path.glob("*.py"))
         raise FxsplitError(
             "the model file is a folder",
@@ -118,8 +118,8 @@ def _check_file(path: Path) -> None:
             allowed="a Python file with `model` or `get_model()`",
             hint=f"one of the files in it: {', '.join(inside[:12])}" if inside else None,
         )
-    if not path.is_file():
-        beside = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    if not os.path.isfile(path):
+        beside = [file.name for file in path.parent.glob("*.py")] if os.path.isdir(path.parent) else []
         close = f"nearest in that folder: {nearest(path.name, sorted(beside))}; or " if beside else ""
         raise FxsplitError(
             "there is no such model file",

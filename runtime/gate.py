@@ -6,6 +6,8 @@ import base64
 import contextlib
 import datetime
 import errno
+import math
+import os
 import secrets
 import socket
 import threading
@@ -32,9 +34,28 @@ from fxsplit.runtime.handshake import (
 from fxsplit.runtime.place import Place
 from fxsplit.runtime.transport import LostWorker
 
+JOIN_TIMEOUT = "FXSPLIT_JOIN_TIMEOUT_S"
+"""Environment variable of the seconds for which workers that join are waited for; 300 if it is not set."""
+
 _HANDSHAKE_S = 10.0
 _POLL_S = 0.05
 _MOST_PENDING = 64
+
+
+def join_timeout_s() -> float:
+    """How long workers that join are waited for.
+
+    Raises:
+        DeviceError: the environment says something else.
+    """
+    text = os.environ.get(JOIN_TIMEOUT, "300")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise DeviceError("not a time to wait", where=JOIN_TIMEOUT, found=repr(text), allowed="seconds, above 0")
+    return seconds
 
 
 class MeetingStore(Store):

@@ -27,7 +27,7 @@ from torch.distributed import rpc
 from fxsplit.errors import PipelineError, WorkerError
 from fxsplit.runtime import device_maps, door
 from fxsplit.runtime.arrivals import Departures
-from fxsplit.runtime.gate import Gate
+from fxsplit.runtime.gate import Gate, join_timeout_s
 from fxsplit.runtime.handshake import interface_of
 from fxsplit.runtime.lanes import IS_SUPPORTED, Lanes
 from fxsplit.runtime.launch import WorkerProcess, WorkerSettings
@@ -36,7 +36,6 @@ from fxsplit.runtime.pulse import Heartbeats
 from fxsplit.runtime.transport import CLIENT_NAME, LOOPBACK, CommandHandler, Endpoint, LostWorker, Mailbox
 
 START_TIMEOUT_S = 60.0
-JOIN_TIMEOUT_S = float(os.environ.get("FXSPLIT_JOIN_TIMEOUT_S", "300"))
 
 _endpoint: RpcEndpoint | None = None
 """This process's end: `torch.distributed.rpc` is one to a process, and calls functions, not methods."""
@@ -315,6 +314,7 @@ class Rpc:
     def _let_in(self, workers: Sequence[str], session: str, endpoint: RpcEndpoint) -> None:
         """Workers with a name join from where they are; the others are started here and join, too."""
         assert self._listen is not None
+        patience_s = join_timeout_s()
         wanted = {name: self._joining.get(name, ()) for name in workers}
         heard = self._heartbeats.heard
         self._gate = Gate(
@@ -327,7 +327,7 @@ class Rpc:
                 )
                 with self._heartbeats.page_for(name) as page:
                     self._processes.append(WorkerProcess(replace(settings, page=page)))
-        self._gate.await_all(JOIN_TIMEOUT_S, self._check_processes)
+        self._gate.await_all(patience_s, self._check_processes)
         address = self._gate.members[workers[0]].address if workers else "127.0.0.1"
         endpoint.join(self._gate.store, 0, len(workers) + 1, interface_of(address), self.gpus)
 

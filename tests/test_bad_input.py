@@ -65,6 +65,8 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no chunks": ({"chunks": 0}, ["chunks", "0", "1 or more"]),
     "chunks are no number": ({"chunks": "four"}, ["chunks", "four"]),
     "unknown schedule": ({"schedule": "zigzag"}, ["zigzag", "gpipe"]),
+    "a time-out that is no number": ({"timeout_s": "5"}, ["time-out", "'5'", "above 0"]),
+    "a time-out that never comes": ({"timeout_s": float("nan")}, ["time-out", "nan", "above 0"]),
     "unknown transport": ({"transport": "pigeon"}, ["pigeon", "rpc", "in_process"]),
     "empty batch": ({"example_inputs": torch.empty(0, 3)}, ["empty", "0 samples"]),
     "wrong device": ({"example_inputs": torch.empty(4, 3, device="meta")}, ["meta", "cpu", "to("]),

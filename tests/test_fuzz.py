@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -24,6 +25,7 @@ from fxsplit.commands.planning import read_budget, read_guard, read_prices
 from fxsplit.compressors import compressor
 from fxsplit.compressors.spelling import parse_spelling
 from fxsplit.errors import FxsplitError
+from fxsplit.model_source import load_model
 from fxsplit.planning import parse_devices
 from fxsplit.planning.calibration import Calibration, MeasuredCodec, MeasuredNode
 from fxsplit.planning.link_file import load_links
@@ -31,7 +33,7 @@ from fxsplit.planning.units import parse_bandwidth, parse_bytes, parse_count, pa
 from fxsplit.runtime.checkpointing import parse_policies
 from fxsplit.runtime.handshake import Identity, parse_address, receive_message, send_message
 from fxsplit.runtime.place import Place
-from fxsplit.snapshots.manifest import Manifest
+from fxsplit.snapshots.manifest import FORMAT, Manifest
 
 PARSERS: dict[str, Callable[[str], Any]] = {
     "bytes": parse_bytes,
@@ -49,6 +51,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "budget": lambda text: read_budget(text.split(","), [text], [text]),
     "prices": lambda text: read_prices(text.split(",")),
     "guard": read_guard,
+    "model": load_model,
 }
 PIECES = st.sampled_from(
     [
@@ -89,15 +92,21 @@ def test_no_text_breaks_a_parser(name: str, text: str) -> None:
             assert math.isfinite(found) and found >= 0
 
 
+def test_no_file_has_a_name_that_long() -> None:
+    for name in ("x" * 5000, "x:" + "y" * 5000, "a/" * 3000 + "b.py"):
+        with pytest.raises(FxsplitError, match=r"there is no such model file|models are not loaded from"):
+            load_model(name)
+
+
 MANIFEST: dict[str, Any] = {
-    "format": 1,
+    "format": FORMAT,
     "step": 3,
     "model": "M",
     "keys": ["a"],
     "ties": {"a": "a"},
     "split": "s",
     "optimizers": [{"kind": "k", "groups": [{"options": {"lr": 0.1}, "parameters": ["a"]}]}],
-    "loop": {"passes": 1, "batches": 2},
+    "loop": {"passes": 1, "batches": 2, "kept": {"scheduler": {"last_epoch": 3}}},
     "parts": [
         {"worker": "w", "file": "part-000.safetensors", "size_bytes": 0, "sha256": "0" * 64, "values": {"a": 1}}
     ],
@@ -129,6 +138,7 @@ def changed(document: Any, path: tuple[Any, ...], value: Any, removes: bool) -> 
 def test_no_manifest_is_taken_on_trust(path: tuple[Any, ...], value: Any, removes: bool) -> None:
     """One value anywhere is another, or is not there."""
     document = changed(MANIFEST, path, value, removes)
+    assert Manifest.from_json(MANIFEST).step == 3
     with contextlib.suppress(FxsplitError):
         found = Manifest.from_json(document)
         assert all("/" not in part.file and ".." not in part.file for part in found.parts)
@@ -212,14 +222,50 @@ def test_messages_arrive_as_they_were_sent(message: dict[str, Any]) -> None:
     assert json.dumps(found) == json.dumps(message)
 
 
+COMMANDS: dict[str, list[str]] = {
+    "analyze": ["nowhere.py"],
+    "trace": ["nowhere.py"],
+    "bench": ["nowhere.py"],
+    "calibrate": ["nowhere.py"],
+    "probe": ["--devices=,"],
+    "worker": ["--join=nowhere", "--name=a"],
+}
+"""What every command line ends with, so that nothing is run: these options count, whatever was said before."""
+
+
+def valued_options(command: str) -> list[str]:
+    """The options of a command that take a value."""
+    group: Any = typer.main.get_command(app)
+    assert set(group.commands) == set(COMMANDS), "each command has a line above"
+    options = [each for each in group.commands[command].params if each.param_type_name == "option"]
+    return [each.opts[0] for each in options if not each.is_flag]
+
+
+LINES = st.sampled_from(sorted(COMMANDS)).flatmap(
+    lambda command: st.tuples(
+        st.just(command), st.lists(st.tuples(st.sampled_from(valued_options(command)), TEXTS), max_size=4)
+    )
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(LINES)
+def test_no_command_line_gives_a_traceback(line: tuple[str, list[tuple[str, str]]]) -> None:
+    """Any text for any option: an exit status and a message."""
+    command, given = line
+    options = [f"{option}={text}".replace("\0", "") for option, text in given]
+    result = CliRunner().invoke(app, [command, *options, *COMMANDS[command]], env={"FXSPLIT_TOKEN": "t"})
+    assert result.exit_code in (1, 2) and result.stderr
+    assert isinstance(result.exception, SystemExit), result.exception
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(["codecs", "plan", "trace", "analyze", "worker", "bench", ""]), st.lists(TEXTS, max_size=4))
-def test_no_command_line_gives_a_traceback(command: str, arguments: list[str]) -> None:
-    """An exit status and a message; none of these names a model, so that nothing is run."""
-    clean = [argument.replace("\0", "") for argument in arguments if not argument.endswith(".py")]
+@given(st.sampled_from([*COMMANDS, "plan", ""]), st.lists(TEXTS, max_size=4))
+def test_no_words_give_a_traceback(command: str, words: list[str]) -> None:
+    """Any words behind a command, or behind none."""
+    clean = [word.replace("\0", "") for word in words if not word.endswith(".py")]
     result = CliRunner().invoke(app, [command, *clean, "--no-such-option"])
-    assert result.exit_code != 0
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.exception
 
 
 @settings(max_examples=150, deadline=None)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 import fxsplit
+from fxsplit.cli import app
 from fxsplit.errors import DeviceError, FxsplitError, PlanError, WorkerError
+from fxsplit.planning import parse_devices
 from fxsplit.runtime import gate as gate_module
 from fxsplit.runtime import handshake
 from fxsplit.runtime.handshake import Identity, proof, receive_message, send_message
 from fxsplit.runtime.join import join
+from fxsplit.runtime.transports import listening
 from tests.models import images, mobilenet
 from tests.processes import SOON_S
 
@@ -103,7 +108,7 @@ def test_refusals_are_said_on_both_sides(case: str) -> None:
     port = free_port()
     with joining(port, name, token) as process:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fxsplit.runtime.rpc.JOIN_TIMEOUT_S", 20.0 if ends_client else 15.0)
+            patch.setenv("FXSPLIT_JOIN_TIMEOUT_S", "20" if ends_client else "15")
             warns = contextlib.nullcontext() if ends_client else pytest.warns(UserWarning, match=message)
             with warns, pytest.raises(WorkerError, match=message if ends_client else "did not join in time"):
                 fxsplit.compile(mobilenet(), ["cpu", "server/cpu"], **options(port))
@@ -215,6 +220,39 @@ def test_addresses_that_cannot_be() -> None:
     with pytest.raises(WorkerError, match="no client listens"):
         join(f"127.0.0.1:{port}", "server", TOKEN, None, 0.3)
     assert handshake.parse_address("[::1]:80", "here") == ("::1", 80)
+
+
+def test_listening_beyond_this_host_says_what_peers_could_do() -> None:
+    """An address of the loopback interface, which is all that there is without `listen=`, needs no warning."""
+    placements = parse_devices(["cpu", "server/cpu"])
+    for address in ("0.0.0.0:1", "10.0.0.1:29500", "example.org:1", "[fd00::1]:1"):
+        with pytest.warns(UserWarning, match=r"can run code as this user[^$]*docs/security\.md") as caught:
+            listening(address, TOKEN, placements, "rpc")
+        assert address in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for address in ("127.0.0.1:1", "127.9.9.9:1", "localhost:1", "[::1]:1"):
+            listening(address, TOKEN, placements, "rpc")
+
+
+TIMES = {
+    "soon": "--patience",
+    "": "--patience",
+    "nan": "not a time to wait",
+    "-1": "not a time to wait",
+    "0": "not an address",  # a worker may ask once
+}
+
+
+@pytest.mark.parametrize("text", TIMES)
+def test_how_long_is_waited_is_a_time(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On both sides: one that no clock reaches would be waited for without an end."""
+    monkeypatch.setenv("FXSPLIT_JOIN_TIMEOUT_S", text)
+    with pytest.raises(DeviceError, match=r"FXSPLIT_JOIN_TIMEOUT_S[^$]*above 0"):
+        fxsplit.compile(mobilenet(), ["cpu", "server/cpu"], example_inputs=images(4), **options(free_port()))
+    arguments = ["worker", "--join", "nowhere", "--name", "a", f"--patience={text}"]
+    result = CliRunner().invoke(app, arguments, env={"FXSPLIT_TOKEN": TOKEN})
+    assert result.exit_code != 0 and TIMES[text] in result.stderr and "Traceback" not in result.stderr
 
 
 SCRIPT = """

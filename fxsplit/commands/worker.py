@@ -32,6 +32,10 @@ def worker(
     clients that you trust: they run code here.
     """
     with errors_as_exit_status():
+        if not patience >= 0:  # nor nan, which no time would ever exceed
+            raise FxsplitError(
+                "not a time to wait", where="--patience", found=patience, allowed="0 or more seconds"
+            )
         for offered in device or ():
             if offered not in available_devices():
                 allowed = ", ".join(available_devices())

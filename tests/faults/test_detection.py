@@ -21,7 +21,7 @@ from fxsplit.errors import WorkerError, WorkerLost
 from fxsplit.runtime.place import Place, PlacePage, new_memory
 from fxsplit.runtime.pulse import Heartbeats
 from tests.faults.scripts import CHAIN, CUTS, ROOT, await_true, batch, is_alive, small_model, start
-from tests.processes import SOON_S, worker_processes
+from tests.processes import SHARED_MEMORY, SOON_S, abandoned_shared_memory, worker_processes
 
 
 def compiled(**options: Any) -> fxsplit.Pipeline:
@@ -36,6 +36,7 @@ def step(pipe: fxsplit.Pipeline, number: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("how", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.faults)])
 def test_a_lost_worker_is_named_and_the_others_go_idle(how: str) -> None:
+    shared = set(SHARED_MEMORY.glob("*"))
     pipe = compiled(timeout_s=3.0)
     step(pipe)
     pids = {worker.name: worker.pid for worker in pipe.workers}
@@ -51,7 +52,7 @@ def test_a_lost_worker_is_named_and_the_others_go_idle(how: str) -> None:
     start_s = time.monotonic()
     pipe.close()
     assert time.monotonic() - start_s < SOON_S
-    assert worker_processes() == []
+    assert worker_processes() == [] and abandoned_shared_memory(shared) == []
 
 
 class Bad(nn.Module):
@@ -128,7 +129,7 @@ while True:
 def test_nothing_is_left_of_a_client_that_is_ended(ending: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{SCRIPT}")
-    shared = set(Path("/dev/shm").glob("*"))
+    shared = set(SHARED_MEMORY.glob("*"))
     client = start(script, ending)
     assert client.stdout is not None
     pids = [int(pid) for pid in client.stdout.readline().split()]
@@ -142,7 +143,7 @@ def test_nothing_is_left_of_a_client_that_is_ended(ending: str, tmp_path: Path) 
         lambda: not any(is_alive(pid) for pid in (client.pid, *pids)), SOON_S, "something outlives the client"
     )
     client.communicate()
-    assert set(Path("/dev/shm").glob("*")) <= shared
+    assert abandoned_shared_memory(shared) == []
 
 
 def test_a_client_killed_while_it_starts_leaves_no_folder(tmp_path: Path) -> None:

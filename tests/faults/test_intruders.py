@@ -45,6 +45,28 @@ def test_noise_at_every_port_does_not_disturb_training() -> None:
 
 
 @pytest.mark.faults
+def test_noise_at_the_ports_of_replicas_does_not_disturb_training() -> None:
+    """Each keeps one open, at which the others have found it."""
+    options: dict[str, Any] = {"cuts": ["3"], "chunks": 2, "verify": False}
+    devices = ["cpu", "one/cpu+two/cpu"]
+    with fxsplit.compile(small_model(), devices, transport="in_process", **options) as pipe:
+        torch.manual_seed(1)
+        expected = train(pipe, 6)
+    noise = contextlib.ExitStack()
+    with noise, fxsplit.compile(small_model(), devices, **options) as pipe:
+
+        def connect(step: int) -> None:
+            if step == 1:  # all are connected
+                ports = [port for worker in pipe.workers for port in listening_ports(worker.pid)]
+                assert len(ports) == 2
+                noise.enter_context(disturbed(ports))
+
+        torch.manual_seed(1)
+        found = train(pipe, 6, connect)
+    assert_same(found, expected)
+
+
+@pytest.mark.faults
 def test_noise_at_the_gate_shuts_nobody_out() -> None:
     """Before a worker has joined, and afterwards; threads and descriptors come back."""
     port, (x, y) = free_port(), batch(0)
@@ -73,13 +95,27 @@ def test_noise_at_the_gate_shuts_nobody_out() -> None:
         time.sleep(0.1)
 
 
-def test_silent_connections_do_not_fill_the_gate() -> None:
+HALF_OPEN = {
+    "nothing is said": (b"", False),
+    "half a length": (b"\0\0", False),
+    "half a message": (b"\0\0\0\x40" + b'{"nonce": "0", "proof"', False),
+    "one end is shut": (b"", True),
+}
+
+
+@pytest.mark.parametrize("case", HALF_OPEN)
+def test_half_open_connections_do_not_fill_the_gate(case: str) -> None:
+    said, is_shut = HALF_OPEN[case]
     port = free_port()
     gate = Gate(f"127.0.0.1:{port}", TOKEN, {"server": ["cpu"]}, "session", 1)
     with contextlib.ExitStack() as silent:
         try:
             for _ in range(200):
-                silent.enter_context(socket.create_connection(("127.0.0.1", port), timeout=2.0))
+                peer = silent.enter_context(socket.create_connection(("127.0.0.1", port), timeout=2.0))
+                with contextlib.suppress(OSError):  # the gate has given it up for later ones already
+                    peer.sendall(said)
+                    if is_shut:
+                        peer.shutdown(socket.SHUT_WR)
             member = join(f"127.0.0.1:{port}", "server", TOKEN, None, 5.0)
             assert gate.missing == [] and len(gate._pending) <= 65
             member.connection.close()

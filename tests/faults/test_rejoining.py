@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 import fxsplit
 from fxsplit.errors import WorkerError
-from tests.faults.scripts import CHAIN, CUTS, ROOT, assert_same, batch, small_model, train
-from tests.processes import SOON_S
+from tests.faults.scripts import CHAIN, CUTS, ROOT, assert_same, batch, small_model, start, train
+from tests.processes import SHARED_MEMORY, SOON_S, abandoned_shared_memory
 from tests.test_joining import TOKEN, free_port, joining
 
 STEPS = 12
@@ -60,6 +61,40 @@ def test_a_worker_of_the_same_name_takes_the_place(tmp_path: Path) -> None:
             assert pids["one"] != one.pid
         assert two.wait(timeout=SOON_S) == 0
     assert_same(found, expected)
+
+
+CLIENT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import fxsplit
+from tests.faults.scripts import *
+from torch.nn import functional as F
+
+with fxsplit.compile(small_model(), CHAIN, cuts=CUTS, example_inputs=batch(0)[0], verify=False,
+                     listen=sys.argv[1], token=sys.argv[2]) as pipe:
+    x, y = batch(0)
+    pipe.step(x, target=y, loss_fn=F.cross_entropy)
+    print("trains", flush=True)
+    while True:
+        pipe.step(x, target=y, loss_fn=F.cross_entropy)
+"""
+
+
+@pytest.mark.faults
+def test_joined_workers_end_with_a_client_that_is_killed(tmp_path: Path) -> None:
+    """They are on other machines: no kernel tells them, but the end of their connection."""
+    script, port, shared = tmp_path / "script.py", free_port(), set(SHARED_MEMORY.glob("*"))
+    script.write_text(CLIENT)
+    with joining(port, "one") as one, joining(port, "two") as two:
+        client = start(script, f"127.0.0.1:{port}", TOKEN)
+        assert client.stdout is not None
+        assert client.stdout.readline() == "trains\n", client.communicate()[1]
+        client.kill()
+        assert one.wait(timeout=SOON_S) == two.wait(timeout=SOON_S) == 0
+        client.communicate()
+    assert abandoned_shared_memory(shared) == []
+    with socket.create_server(("127.0.0.1", port)):
+        pass  # nobody listens there any more
 
 
 TORCHRUN = """
@@ -134,11 +169,3 @@ def test_a_worker_that_is_slow_for_a_while_is_waited_for() -> None:
             pipe(batch(0)[0])
         assert time.monotonic() - start_s >= 2.0
         assert {worker.name: worker.pid for worker in pipe.workers} == pids
-
-
-def test_no_deadline_depends_on_the_time_of_day() -> None:
-    """The clock may jump: nothing in the package reads it but monotonic ones."""
-    for folder in ("fxsplit", "runtime", "passes"):
-        for path in (ROOT / folder).rglob("*.py"):
-            text = path.read_text()
-            assert "time.time(" not in text and "datetime.now(" not in text, path

@@ -274,7 +274,7 @@ def analyze(
             if plot is not None:
                 plots.save_picture(costs, plan, plot)
             if html is not None:
-                save_page(costs, plan, chosen["budget"], chosen["profile"], html)
+                save_page(costs, plan, chosen["budget"], chosen["profile"], html, objective)
         if as_json:
             print(json.dumps({**summary(costs, plan), "mode": mode_name(training), "notes": notes}, indent=2))
             return

@@ -20,7 +20,9 @@ from fxsplit.planning import Budget, Plan, Profile
 from fxsplit.planning.explain import timeline_of
 from fxsplit.planning.neighbours import LIMITS
 from fxsplit.planning.planner import plan as make_plan
+from fxsplit.planning.predict import Objective, moved_bytes
 from fxsplit.plots import COLORS, CUT, INK, draw
+from fxsplit.schedules import Timeline
 
 CODECS = ("none", "uniform8", "sortquant8", "uniform4")
 """The compressors of the trade-off, beside the plan's own."""
@@ -54,20 +56,33 @@ def check_page_path(path: Path | None) -> None:
         raise FxsplitError("the path for the page is a folder", found=path, allowed="a file")
 
 
-def save_page(costs: CostTable, plan: Plan, budget: Budget | None, profile: Profile | None, path: Path) -> None:
-    """Writes the page of a plan.
+def save_page(
+    costs: CostTable,
+    plan: Plan,
+    budget: Budget | None,
+    profile: Profile | None,
+    path: Path,
+    objective: str = "step",
+) -> None:
+    """Writes the page of a plan, see `page`.
 
     Raises:
         FxsplitError: it cannot be written.
     """
-    text = page(costs, plan, budget, profile)
+    text = page(costs, plan, budget, profile, objective)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise FxsplitError("the page cannot be written", where=path, found=error.strerror) from error
 
 
-def page(costs: CostTable, plan: Plan, budget: Budget | None = None, profile: Profile | None = None) -> str:
+def page(
+    costs: CostTable,
+    plan: Plan,
+    budget: Budget | None = None,
+    profile: Profile | None = None,
+    objective: str = "step",
+) -> str:
     """The page of a plan as HTML: it refers to no other file, and runs no script.
 
     Args:
@@ -75,14 +90,18 @@ def page(costs: CostTable, plan: Plan, budget: Budget | None = None, profile: Pr
         plan: it.
         budget: that it was made under.
         profile: that it was predicted with.
+        objective: that it was made for.
     """
+    is_training = Objective(objective).is_training
     if plan.moved:
         costs = costs.reordered(plan.cut_names[0], plan.moved)
-    rows = list(_trade_off(costs, plan, budget or Budget(), profile))
+    # A price is one of seconds, which are what is shown.
+    seconds_of = "step" if is_training else objective
+    rows = list(_trade_off(costs, plan, budget or Budget(), profile, seconds_of))
     sections = [
         ("What the model costs, and where it is cut", draw(costs, plan)),
-        ("Step time against link bytes, over cuts and compressors", _draw_trade_off(rows, plan)),
-        ("The predicted step", _draw_timeline(plan)),
+        ("Step time against link bytes, over cuts and compressors", _draw_trade_off(rows, plan, is_training)),
+        ("The predicted step", _draw_timeline(timeline_of(plan, is_training=is_training))),
     ]
     body = [f"<h1>{escape(plan.model)}, batch {plan.batch_size}</h1>", plan._repr_html_()]
     body += [f"<h2>{escape(title)}</h2>\n{_svg(figure)}" for title, figure in sections]
@@ -101,7 +120,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _trade_off(
-    costs: CostTable, plan: Plan, budget: Budget, profile: Profile | None
+    costs: CostTable, plan: Plan, budget: Budget, profile: Profile | None, objective: str
 ) -> Iterator[tuple[str, int, float]]:
     """Compressor, link bytes of a step and its seconds, for the plan's first cut at every place."""
     if not plan.cuts:
@@ -113,6 +132,7 @@ def _trade_off(
     places = places[:: max(1, -(-len(places) // _MOST_CUTS))]
     free = replace(budget, **dict.fromkeys(LIMITS))
     common: dict[str, Any] = {"chunks": plan.chunks, "schedule": plan.schedule, "profile": profile, "budget": free}
+    common["objective"] = objective
     for codec in dict.fromkeys((*CODECS, plan.compressor.partition(";")[0])):
         for place in places:
             cuts = [names[place], *plan.cut_names[1:]]
@@ -120,14 +140,11 @@ def _trade_off(
                 each = make_plan(costs, plan.devices, cuts=cuts, compressor=codec, **common)
             except FxsplitError:  # a compressor that does not take what crosses here
                 continue
-            yield codec, _link_bytes(each), each.predicted_step_s
+            wire_bytes = moved_bytes(each.edges, is_training=Objective(objective).is_training)
+            yield codec, wire_bytes, each.predicted_step_s
 
 
-def _link_bytes(plan: Plan) -> int:
-    return sum(edge.wire_bytes + edge.gradient_wire_bytes for edge in plan.edges)
-
-
-def _draw_trade_off(rows: Sequence[tuple[str, int, float]], plan: Plan) -> Figure:
+def _draw_trade_off(rows: Sequence[tuple[str, int, float]], plan: Plan, is_training: bool) -> Figure:
     figure = Figure(figsize=_SIZE)
     axes = figure.subplots()
     codecs = dict.fromkeys(codec for codec, *_ in rows)
@@ -141,7 +158,7 @@ def _draw_trade_off(rows: Sequence[tuple[str, int, float]], plan: Plan) -> Figur
             where: Any = ("axes fraction", "data")
             axes.annotate(each.what, (1.0, each.step_s), xycoords=where, ha="right", va="bottom", fontsize=8)
     star: dict[str, Any] = {"color": CUT, "markersize": 15, "label": "this plan", "zorder": 5}
-    axes.plot([_link_bytes(plan)], [plan.predicted_step_s], "*", **star)
+    axes.plot([moved_bytes(plan.edges, is_training=is_training)], [plan.predicted_step_s], "*", **star)
     axes.set(xscale="log" if rows else "linear", yscale="log")
     axes.set(xlabel="bytes over the links in a step", ylabel="predicted step")
     axes.xaxis.set_major_formatter(EngFormatter(unit="B", sep=" "))
@@ -156,9 +173,8 @@ def _draw_trade_off(rows: Sequence[tuple[str, int, float]], plan: Plan) -> Figur
     return figure
 
 
-def _draw_timeline(plan: Plan) -> Figure:
+def _draw_timeline(timeline: Timeline) -> Figure:
     """One row a resource, one bar for each piece of work, in the colour of its stage."""
-    timeline = timeline_of(plan)
     resources = list(dict.fromkeys(span.resource for span in timeline.spans))
     resources.sort(key=lambda name: (name.split(" ")[0] not in name or "->" in name, " " in name))
     figure = Figure(figsize=(_SIZE[0], 1.2 + 0.36 * len(resources)))

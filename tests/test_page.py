@@ -70,7 +70,7 @@ def test_the_explanation_prices_each_line_of_the_budget() -> None:
     assert "budget line macs" in text and "this plan" in text and "all on s/cuda" in text
     timeline = timeline_of(plan)
     for worker in ("client", "s"):
-        assert f"{worker} {timeline.bubble_share(worker):.0%}" in text.partition("share of the step:")[2]
+        assert f"{worker} {timeline.bubble_share(worker):.0%}" in text.partition("share of that:")[2]
     tight = Budget(bandwidth="10MB/s", link_bytes="25kB")
     options = {**OPTIONS, "budget": tight}
     bound = fxsplit.plan(chain(), DEVICES, **options)
@@ -82,8 +82,23 @@ def test_the_explanation_prices_each_line_of_the_budget() -> None:
 def test_the_timeline_is_the_prediction() -> None:
     plan = fxsplit.plan(chain(), DEVICES, **OPTIONS)
     assert timeline_of(plan).step_s == pytest.approx(plan.predicted_step_s)
-    name, share = busiest(plan)
+    name, share = busiest(timeline_of(plan))
     assert name in {span.resource for span in timeline_of(plan).spans} and 0 < share <= 1
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_a_plan_for_inference_is_explained_and_drawn_by_its_forwards(objective: str) -> None:
+    # 1f1b is not for one micro-batch of three stages: no order of a training step is asked for.
+    options: dict[str, Any] = {"objective": objective, "schedule": "1f1b", "chunks": 1}
+    plan = fxsplit.plan(chain(), ["cpu", "s/cuda", "b/cpu"], **options)
+    text = explain_plan(chain(), plan, ["cpu", "s/cuda", "b/cpu"], options).text()
+    assert "predicted seconds of a batch forward" in text and "computes nothing" in text
+    drawn = page(chain(), plan, objective=objective)
+    assert drawn.count("<svg") == 3 and "this plan" in drawn
+    sandwich = fxsplit.plan(chain(), DEVICES, objective="latency", chunks=2)  # nothing goes back to the client
+    timeline = timeline_of(sandwich, is_training=False)
+    assert timeline.step_s == pytest.approx(sandwich.predicted_step_s)
+    assert all(span.action.is_forward for span in timeline.spans)
 
 
 def test_the_command_line_writes_and_explains(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from fxsplit.planning.links import Links
 from fxsplit.planning.neighbours import LIMITS, Neighbour, neighbours
 from fxsplit.planning.plan import Plan
 from fxsplit.planning.planner import plan as make_plan
+from fxsplit.planning.predict import Objective, forward_orders, moved_bytes
 from fxsplit.planning.profile import Profile
 from fxsplit.planning.render import Report
 from fxsplit.planning.units import format_bytes, format_seconds
@@ -36,14 +37,15 @@ def explain_plan(costs: CostTable, found: Plan, devices: Sequence[str], options:
     budget, profile = options.get("budget") or Budget(), options.get("profile")
     if found.moved:
         costs = costs.reordered(found.cut_names[0], found.moved)
-    beside = neighbours(costs, found, budget=budget, profile=profile) if _is_training(options) else ()
+    is_training = Objective(options.get("objective", "step")).is_training
+    beside = neighbours(costs, found, budget=budget, profile=profile) if is_training else ()
     freed = {
         line: make_plan(costs, devices, **{**options, "budget": replace(budget, **{line: None})})
         for line in LIMITS
         if getattr(budget, line) is not None
     }
-    made = explanation(found, beside, freed)
-    is_free = _is_training(options) and not found.moved
+    made = explanation(found, beside, freed, is_training=is_training)
+    is_free = is_training and not found.moved
     line = _branches(costs, found, devices, budget, profile) if is_free else ""
     return replace(made, footer="\n".join(filter(None, (made.footer, line))))
 
@@ -69,80 +71,80 @@ def _branches(
     return f"with its branches on either side (placement 'branches'), one micro-batch would take {step}"
 
 
-def _is_training(options: Mapping[str, Any]) -> bool:
-    return options.get("objective", "step") in ("step", "price")
-
-
-def explanation(found: Plan, beside: Sequence[Neighbour], freed: Mapping[str, Plan]) -> Report:
+def explanation(
+    found: Plan, beside: Sequence[Neighbour], freed: Mapping[str, Plan], *, is_training: bool = True
+) -> Report:
     """A table of a plan, its neighbours and its alternatives; below it, bubbles and what the budget's lines cost.
 
     Args:
         found: the plan.
         beside: its neighbours.
         freed: line of the budget -> the plan without it.
+        is_training: whether the plan is for training; else its neighbours are none.
     """
-    rows = [_row("this plan", found, found, None)]
-    rows += [_row(each.what, each.plan, found, each.refusal) for each in beside]
+    timeline = timeline_of(found, is_training=is_training)
+    wire_bytes = moved_bytes(found.edges, is_training=is_training)
+    rows = [_row("this plan", found, timeline, wire_bytes)]
+    for each in beside:
+        beside_it = timeline_of(each.plan)
+        reasons = _change(each.plan.predicted_step_s, found), each.refusal or _because(beside_it, timeline)
+        rows.append(_row(each.what, each.plan, beside_it, moved_bytes(each.plan.edges), *reasons))
     shown = {each.what for each in beside}
     for other in sorted(found.alternatives, key=lambda each: each.step_s):
         if other.what in shown:
             continue
         note = "" if other.keeps_budget else "breaks the budget"
         rows.append((other.what, format_seconds(other.step_s), _change(other.step_s, found), "", "", note))
-    lines = [_bubbles(found), *(_cost(line, plan, found) for line, plan in freed.items())]
-    title = f"why {', '.join(found.cut_names) or 'no cut'}: predicted seconds of a step"
+    lines = [_bubbles(found, timeline), *(_cost(line, plan, found) for line, plan in freed.items())]
+    what = "a step" if is_training else "a batch forward"
+    title = f"why {', '.join(found.cut_names) or 'no cut'}: predicted seconds of {what}"
     return Report(
         title, ("plan", "step", "change", "busiest", "on wire", "because"), tuple(rows), "\n".join(lines)
     )
 
 
-def timeline_of(found: Plan) -> Timeline:
-    """The predicted timeline of a training step."""
-    orders = schedule(found.schedule).orders(found.workers, found.chunks, found.times)
+def timeline_of(found: Plan, *, is_training: bool = True) -> Timeline:
+    """The predicted timeline of a training step, or of a batch forward; what the client gets back is not in it."""
+    if is_training:
+        orders = schedule(found.schedule).orders(found.workers, found.chunks, found.times)
+    else:
+        orders = forward_orders(found.workers, found.chunks)
     return simulate(orders, found.workers, found.times)
 
 
-def busiest(found: Plan) -> tuple[str, float]:
-    """The resource that works longest in the predicted step, and its share of the step."""
-    timeline = timeline_of(found)
-    seconds = {span.resource: timeline.busy_s(span.resource) for span in timeline.spans}
+def busiest(timeline: Timeline) -> tuple[str, float]:
+    """The resource that works longest in a timeline, and its share of it."""
+    seconds = _loads(timeline)
     name = max(seconds, key=lambda resource: seconds[resource])
     return name, seconds[name] / timeline.step_s if timeline.step_s else 0.0
 
 
-def _bubbles(found: Plan, most: int = 8) -> str:
-    """The share of the step in which each worker computes nothing; of many, those with the largest."""
-    timeline = timeline_of(found)
+def _bubbles(found: Plan, timeline: Timeline, most: int = 8) -> str:
+    """The share of the time in which each worker computes nothing; of many, those with the largest."""
     shares = {worker: timeline.bubble_share(worker) for worker in single_workers(found.workers)}
     named = [f"{worker} {share:.0%}" for worker, share in sorted(shares.items(), key=lambda each: -each[1])]
-    return f"computes nothing for a share of the step: {', '.join(named[:most])}{', ...' * (len(named) > most)}"
+    return f"computes nothing for a share of that: {', '.join(named[:most])}{', ...' * (len(named) > most)}"
 
 
-def _row(what: str, plan: Plan, found: Plan, refusal: str | None) -> tuple[str, ...]:
-    resource, share = busiest(plan)
-    wire = sum(edge.wire_bytes + edge.gradient_wire_bytes for edge in plan.edges)
-    because = refusal or ("" if plan is found else _because(plan, found))
-    return (
-        what,
-        format_seconds(plan.predicted_step_s),
-        "" if plan is found else _change(plan.predicted_step_s, found),
-        f"{resource} {share:.0%}",
-        format_bytes(wire),
-        because,
-    )
+def _row(
+    what: str, plan: Plan, timeline: Timeline, wire_bytes: int, change: str = "", because: str = ""
+) -> tuple[str, ...]:
+    resource, share = busiest(timeline)
+    step = format_seconds(plan.predicted_step_s)
+    return what, step, change, f"{resource} {share:.0%}", format_bytes(wire_bytes), because
 
 
-def _because(plan: Plan, found: Plan) -> str:
+def _because(timeline: Timeline, found: Timeline) -> str:
     """What changes most: a worker's computation or what a link carries."""
-    before, after = _loads(found), _loads(plan)
+    before, after = _loads(found), _loads(timeline)
     changes = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in {**before, **after}}
     name = max(changes, key=lambda each: (abs(changes[each]), each))
     sign = "+" if changes[name] >= 0 else "-"
     return f"{name} {sign}{format_seconds(abs(changes[name]))}" if changes[name] else ""
 
 
-def _loads(plan: Plan) -> dict[str, float]:
-    timeline = timeline_of(plan)
+def _loads(timeline: Timeline) -> dict[str, float]:
+    """Seconds that each resource works."""
     return {span.resource: timeline.busy_s(span.resource) for span in timeline.spans}
 
 

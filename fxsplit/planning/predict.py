@@ -186,9 +186,6 @@ def outcome_of(
             return Outcome(inf, (chunks,) * len(workers))
         return Outcome(clock.step_s, tuple(clock.most_live))
     check_replicas(workers, chunks)
-    orders: dict[str, list[Action]] = {worker: [] for worker in workers}
-    for stage, worker in enumerate(workers):
-        orders[worker] += [Action(stage, m) for m in range(chunks)]
     live = (1,) * len(workers)
     if objective.name == "throughput":
         busy: dict[object, float] = defaultdict(float)
@@ -201,7 +198,15 @@ def outcome_of(
             busy[workers[source], workers[target]] += share[lcm(counts[source], counts[target])] * hop.wire_s
             busy[workers[target], "decode"] += share[counts[target]] * hop.decode_s
         return Outcome(chunks * max(busy.values()), live)
-    return Outcome(replayed(dealt(orders), workers, times).step_s, live)
+    return Outcome(replayed(forward_orders(workers, chunks), workers, times).step_s, live)
+
+
+def forward_orders(workers: Sequence[str], chunks: int) -> dict[str, list[Action]]:
+    """What each worker does in inference: the micro-batches of its first stage, then of the next."""
+    orders: dict[str, list[Action]] = {worker: [] for worker in workers}
+    for stage, worker in enumerate(workers):
+        orders[worker] += [Action(stage, m) for m in range(chunks)]
+    return dealt(orders)
 
 
 def link_bytes(
@@ -216,3 +221,8 @@ def link_bytes(
             sent[maker, user] += edge.wire_bytes
             sent[user, maker] += edge.gradient_wire_bytes if with_gradients else 0
     return dict(sent)
+
+
+def moved_bytes(edges: Iterable[Edge], *, is_training: bool = True) -> int:
+    """Bytes of a batch over all links, with gradients if there are any."""
+    return sum(edge.wire_bytes + (edge.gradient_wire_bytes if is_training else 0) for edge in edges)

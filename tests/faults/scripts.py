@@ -39,6 +39,14 @@ def start(script: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def said_by(process: subprocess.Popen[str], timeout_s: float) -> tuple[str, str]:
+    """What a process says until it ends, on its two outputs; one that does not end in time is killed."""
+    try:
+        return process.communicate(timeout=timeout_s)
+    finally:
+        process.kill()
+
+
 def await_true(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
     """Seconds until a condition holds."""
     start_s = time.monotonic()

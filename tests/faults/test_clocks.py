@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fxsplit
-from tests.faults.scripts import CHAIN, ROOT, assert_same, small_model, start, train
+from tests.faults.scripts import CHAIN, ROOT, assert_same, said_by, small_model, start, train
 
 STEPS = 14
 CUTS = ["4", "8"]
@@ -161,7 +161,7 @@ def test_training_goes_on_when_the_clock_jumps(tmp_path: Path) -> None:
         patch.setenv("LD_PRELOAD", str(library))
         patch.setenv("JUMPING_CLOCK", str(clock))
         process = start(script, str(clock), str(tmp_path))
-    said, errors = process.communicate(timeout=280)
+    said, errors = said_by(process, 280.0)
     assert process.returncode == 0, errors
     assert 6 <= int(said.split()[1]) <= 8
     assert errors.count("are started again") >= 2, errors

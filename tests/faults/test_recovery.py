@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import fxsplit
 from fxsplit.errors import SnapshotError, WorkerError, WorkerLost
 from fxsplit.runtime.host_random import host_seed, host_states, set_host_states
-from tests.faults.scripts import CHAIN, CUTS, ROOT, assert_same, batch, small_model, start, train
+from tests.faults.scripts import CHAIN, CUTS, ROOT, assert_same, batch, said_by, small_model, start, train
 from tests.processes import worker_processes
 
 OPTIONS: dict[str, Any] = {"cuts": CUTS, "chunks": 2, "verify": False}
@@ -89,9 +89,9 @@ def test_a_killed_client_goes_on_where_it_was(moment: str, tmp_path: Path) -> No
     script, out = tmp_path / "script.py", tmp_path / "state.pt"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{SCRIPT}")
     first = start(script, str(tmp_path / "snapshots"), moment, str(out))
-    assert "from 0" in first.communicate(timeout=60)[0] and first.returncode == -signal.SIGKILL
+    assert "from 0" in said_by(first, 60.0)[0] and first.returncode == -signal.SIGKILL
     second = start(script, str(tmp_path / "snapshots"), "-1", str(out))
-    said, errors = second.communicate(timeout=60)
+    said, errors = said_by(second, 60.0)
     assert second.returncode == 0, errors
     assert int(said.split()[1]) >= 2, "it begins with a snapshot"
     assert_same(torch.load(out), undisturbed())

@@ -341,6 +341,12 @@ def test_a_client_that_has_no_price_does_all_for_nothing() -> None:
             BudgetError,
             r"link_bytes names an unknown device",
         ),
+        (
+            SANDWICH,
+            {"budget": Budget(bandwidth={"m1": 1}, link_bytes={"m1": 1})},
+            BudgetError,
+            "bandwidth names an unknown device",
+        ),
         (SANDWICH, {"compressor": "zip"}, CompressorError, "unknown compressor"),
         (["cpu", "tpu"], {}, DeviceError, "tpu"),
     ],

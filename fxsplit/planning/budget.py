@@ -136,7 +136,8 @@ class Budget:
         for line in ("bandwidth", "latency", "link_bytes"):
             rates = getattr(self, line)
             for key in rates if isinstance(rates, Mapping) else ():
-                for end in ends_of(key) or (() if key in self.cut_limits else (key,)):
+                alone = () if line == "link_bytes" else (key,)  # there a name alone is a cut's
+                for end in ends_of(key) or alone:
                     if end not in devices and end not in workers:
                         known = f"{', '.join(dict.fromkeys([*devices, *workers]))}, or two of them with '->'"
                         raise BudgetError(f"the budget's {line} names an unknown device", found=key, allowed=known)

@@ -38,6 +38,7 @@ JOIN_TIMEOUT = "FXSPLIT_JOIN_TIMEOUT_S"
 """Environment variable of the seconds for which workers that join are waited for; 300 if it is not set."""
 
 _HANDSHAKE_S = 10.0
+_LINGER_S = 60.0  # longer than `keep_alive` waits for the other machine
 _POLL_S = 0.05
 _MOST_PENDING = 64
 
@@ -215,17 +216,12 @@ class Gate:
         """Stops listening and hangs up: a worker that loses its connection ends, or joins again if told to."""
         self._is_closed = True
         _close(self._server)
-        if rejoins:
-            with self._lock:
-                members = [member.connection for member in self.members.values()]
-            for connection in members:
-                with contextlib.suppress(OSError):
-                    connection.settimeout(1.0)
-                    send_message(connection, {"rejoin": True})
         with self._lock:
-            connections = [*self._pending, *(member.connection for member in self.members.values())]
-        for connection in connections:
+            pending, members = list(self._pending), [member.connection for member in self.members.values()]
+        for connection in pending:
             _close(connection)
+        for connection in members:
+            (_ask_again if rejoins else _close)(connection)
 
     # ------------------------------------------------------------------ threads
 
@@ -355,6 +351,21 @@ class Gate:
 
 class _Stranger(Refused):
     """Someone without the token, or out of date: no reason to give up, since anybody can connect."""
+
+
+def _ask_again(connection: socket.socket) -> None:
+    """Has a worker join again, or end if it does not hear of it in time.
+
+    Its connection is read on until it goes: if it was cut off, what it has sent meanwhile may arrive first, and a
+    socket that is closed would answer with a reset, by which the worker would end.
+    """
+    with contextlib.suppress(OSError):
+        connection.settimeout(_LINGER_S)
+        send_message(connection, {"rejoin": True})
+        connection.shutdown(socket.SHUT_WR)
+    late = threading.Timer(_LINGER_S, _close, (connection,))
+    late.daemon = True
+    late.start()
 
 
 def _close(connection: socket.socket) -> None:

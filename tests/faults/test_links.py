@@ -66,10 +66,10 @@ def expected() -> Iterator[dict[str, torch.Tensor]]:
 
 @contextmanager
 def training(
-    folder: Path, timeout_s: float, directory: str = ""
+    folder: Path, timeout_s: float, directory: str = "", address: str = ADDRESSES[0]
 ) -> Iterator[tuple[subprocess.Popen[str], subprocess.Popen[bytes]]]:
     """Client and worker, each on a host of its own, at step 3 of their training."""
-    script, out, address = folder / "script.py", folder / "state.pt", ADDRESSES[0]
+    script, out = folder / "script.py", folder / "state.pt"
     script.write_text(SCRIPT)
     joins = [sys.executable, "-m", "fxsplit", "worker", "--join", f"{address}:{PORT}", "--name", "server"]
     trains = [sys.executable, str(script), address, str(out), str(timeout_s), directory]

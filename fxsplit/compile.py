@@ -267,7 +267,7 @@ def _check_running(options: StageOptions, model: nn.Module, here: Iterable[Place
         raise PipelineError("not a time-out", where="timeout_s", found=repr(timeout_s), allowed="seconds, above 0")
     if options.compile_stages:
         check_alone(options.cuda_graphs)
-        check_compilers([torch.device(placement.device) for placement in here], "this host")
+        check_compilers([torch.device(placement.device) for placement in single_placements(here)], "this host")
     if options.deferred_batch_norm:
         check_batch_norms(model)
 

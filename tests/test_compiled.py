@@ -59,7 +59,7 @@ def run(transport: str, compiles: bool, **options: Any) -> dict[str, Any]:
         ("rpc", {}),
         ("in_process", {"schedule": "zero-bubble", "compressor": "uniform8"}),
         ("in_process", {"checkpoint": "always", "deferred_batch_norm": True}),
-        ("in_process", {"devices": ["cpu", "a/cpu+b/cpu"], "chunks": 4}),
+        ("in_process", {"devices": ["cpu", "a/cpu+b/cpu"]}),
     ],
 )
 def test_the_numbers_are_those_of_the_stages_as_they_are(transport: str, options: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from fxsplit.runtime.run import Run
 from fxsplit.runtime.scheduler import Scheduler
 from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.stage_options import StageOptions
-from fxsplit.runtime.together import can_be_together, run_together
+from fxsplit.runtime.together import can_be_together, is_on_gpu, run_together
 from fxsplit.runtime.transport import CLIENT_NAME, Transport
 from fxsplit.runtime.worker import Worker
 from fxsplit.schedules import GPipe, Orders
@@ -191,7 +191,7 @@ class Engine(Feeding):
 
     def settled_metrics(self) -> Metrics:
         """What was measured, what GPUs did in the latest steps included; without that if a worker is lost."""
-        is_on_gpus = self._split is not None and any("cuda" in device for device in self._plan.devices)
+        is_on_gpus = self._split is not None and any(map(is_on_gpu, self._plan.devices))
         if is_on_gpus and self._endpoint is not None:
             with suppress(FxsplitError):
                 for report in self.broadcast("settle").values():

@@ -19,7 +19,12 @@ _POLL_S = 0.2
 
 def can_be_together(devices: Sequence[str]) -> bool:
     """Whether stages on these devices, one each, do not keep the host: all are on GPUs, and none is replicated."""
-    return all("cuda" in device and "+" not in device for device in devices)
+    return all(is_on_gpu(device) and "+" not in device for device in devices)
+
+
+def is_on_gpu(device: str) -> bool:
+    """Whether a device of a plan, "cuda:0" or "server/cuda:0", is a GPU; of replicas, the last one's."""
+    return device.rpartition("/")[2].startswith("cuda")
 
 
 def run_together(

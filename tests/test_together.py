@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import fxsplit
 from fxsplit.errors import FxsplitError, WorkerError
 from fxsplit.runtime import engine
+from fxsplit.runtime.together import can_be_together
 from tests.models import images, mobilenet
 
 CUTS = ["features.4", "features.9", "features.14"]
@@ -62,6 +63,20 @@ def test_the_numbers_are_those_of_threads(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("devices", "together"),
+    [
+        (["cuda:0", "cuda:1"], True),
+        (["cuda", "server/cuda:1", "cuda"], True),
+        (["cuda:0", "cuda-box/cpu"], False),
+        (["cuda:0", "a/cuda:0+b/cuda:1"], False),
+        (["cpu", "server/cuda:0"], False),
+    ],
+)
+def test_only_gpus_are_together(devices: list[str], together: bool) -> None:
+    assert can_be_together(devices) == together
 
 
 class Refusing(torch.autograd.Function):

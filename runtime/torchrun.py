@@ -22,7 +22,6 @@ from fxsplit.runtime.serving import serve_joined
 LISTEN = "torchrun"
 """What `listen=` says for a pipeline under torchrun."""
 
-_KEY = "fxsplit/client"
 _WAIT = datetime.timedelta(seconds=300)
 
 
@@ -51,7 +50,7 @@ def announce() -> tuple[str, str]:
     except OSError as error:
         raise DeviceError("cannot listen at torchrun's address", found=f"{host}: {error}") from error
     address, token = join_address(host, port), secrets.token_urlsafe(16)
-    _store().set(_KEY, f"{address} {token}")
+    _store().set(_key(), f"{address} {token}")
     return address, token
 
 
@@ -72,9 +71,14 @@ def serve(devices: Sequence[str] | None = None) -> NoReturn:
     if own == 0:
         raise PipelineError("rank 0 is the client", found="fxsplit.serve() on rank 0", hint="serve on other ranks")
     store = _store()
-    store.wait([_KEY], _WAIT)
-    address, token = store.get(_KEY).decode().split(" ")
+    store.wait([_key()], _WAIT)
+    address, token = store.get(_key()).decode().split(" ")
     serve_joined(address, f"rank{own}", token, devices, _WAIT.total_seconds())
+
+
+def _key() -> str:
+    """Of the client's address. The store outlives a restart, the client that listened there does not."""
+    return f"fxsplit/client/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _store() -> TCPStore:

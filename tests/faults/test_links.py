@@ -44,8 +44,9 @@ with fxsplit.compile(small_model(), ["cpu", "server/cpu"], cuts=["3"], chunks=2,
 def can_make_hosts() -> bool:
     if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
         return False
-    made = subprocess.run(["ip", "netns", "add", "fxsplit-probe"], capture_output=True, check=False)
-    subprocess.run(["ip", "netns", "del", "fxsplit-probe"], capture_output=True, check=False)
+    name = f"fxsplit-probe-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     return made.returncode == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 import socket
@@ -17,9 +18,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import DistStoreError
 
 import fxsplit
 from fxsplit.errors import WorkerError
+from fxsplit.runtime import torchrun
 from tests.faults.scripts import CHAIN, CUTS, ROOT, assert_same, batch, small_model, start, train
 from tests.processes import SHARED_MEMORY, SOON_S, abandoned_shared_memory
 from tests.test_joining import TOKEN, free_port, joining
@@ -169,3 +173,17 @@ def test_a_worker_that_is_slow_for_a_while_is_waited_for() -> None:
             pipe(batch(0)[0])
         assert time.monotonic() - start_s >= 2.0
         assert {worker.name: worker.pid for worker in pipe.workers} == pids
+
+
+def test_an_address_of_before_a_restart_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchrun's store outlives its workers, so a worker must not go to a client that is gone."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(torchrun, "_WAIT", datetime.timedelta(seconds=0.5))
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    torchrun.announce()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(DistStoreError):
+        torchrun.serve(["cpu"])

@@ -87,18 +87,11 @@ class Courier:
             done when it is encoded and handed to the transport.
         """
 
+        # What goes as it is between GPUs of a process its receiver copies, behind the stream that is current here.
         is_queued = is_plain and isinstance(value, Tensor) and value.is_cuda and self._endpoint.is_immediate
         marks = () if is_queued else mark(value)
 
         def work() -> None:
-            if is_queued:
-                packet = make(value)
-                now = time.perf_counter()
-                report.encoded(key, packet, now, now)
-                report.add_packet(to, key, packet)
-                self._endpoint.send(to, key, packet)
-                self._note(to, key, packet.wire_bytes, now)
-                return
             device = marks[0][0] if marks else CPU
             with self._encoding.current(device for device, _ in marks), torch.no_grad():
                 wait_for(marks, value)

@@ -13,17 +13,16 @@ from torch import Tensor
 
 from fxsplit.errors import PipelineError
 from fxsplit.runtime.checkpointing import is_checkpointed, run_checkpointed
-from fxsplit.runtime.courier import Courier, SendError, is_small
+from fxsplit.runtime.courier import SendError, is_small
 from fxsplit.runtime.graphs import Lease
-from fxsplit.runtime.holding import Holding
 from fxsplit.runtime.loss import Loss
 from fxsplit.runtime.packet import GradientTap, Key, Packet, pack
 from fxsplit.runtime.randomness import seeded, set_states, state_key, states
 from fxsplit.runtime.report import RunReport
 from fxsplit.runtime.run_state import RunState, Saved
 from fxsplit.runtime.shared_memory import lies_in, memory_of, own_copy
-from fxsplit.runtime.traffic import Traffic
-from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
+from fxsplit.runtime.traffic import Traffic, Ways
+from fxsplit.runtime.transport import CLIENT_NAME, wait
 from fxsplit.schedules import Action, Work
 from fxsplit.spec import TensorSpec
 from fxsplit.split_backward import SplitBackward
@@ -37,11 +36,7 @@ class Executor:
     """Does the actions of one run, in their order.
 
     Args:
-        endpoint: this worker's end of the transport.
-        courier: what sends and receives beside it.
-        holding: the stages.
-        memories: what compressors keep from step to step, by end of an edge and micro-batch.
-        check: raises if waiting makes no more sense.
+        ways: of the worker.
         begins: told of each action as it begins.
 
     Attributes:
@@ -51,20 +46,14 @@ class Executor:
 
     def __init__(
         self,
-        endpoint: Endpoint,
-        courier: Courier,
-        holding: Holding,
-        memories: dict[tuple[Any, ...], dict[str, Tensor]],
-        check: Callable[[], None],
+        ways: Ways,
         begins: Callable[[Action], None] = lambda action: None,
     ) -> None:
         self.action: Action | None = None
         self.shapes = ""
         self._begins = begins
-        self._endpoint = endpoint
-        self._courier = courier
-        self._holding = holding
-        self._ways = endpoint, courier, holding, memories, check
+        self._ways = ways
+        self._endpoint, self._courier, self._holding = ways.endpoint, ways.courier, ways.holding
 
     def execute(
         self,
@@ -90,12 +79,11 @@ class Executor:
         self._outputs: list[tuple[Key, Packet]] = []
         self._last = max((action.micro_batch for action in actions), default=0)
         self._split = {(action.stage, action.micro_batch) for action in actions if action.work is Work.INPUT}
-        self._traffic = Traffic(*self._ways, number, run, surroundings.grad, loss, report)
+        self._traffic = Traffic(self._ways, number, run, surroundings.grad, loss, report)
         try:
             for index, action in enumerate(actions):
                 self.action, self.shapes = action, ""
                 yield
-                self._traffic.action = action
                 self._begins(action)
                 for later in actions[index : index + 1 + _AHEAD]:  # decoded as soon as they are there
                     for edge, backward in self._traffic.taken(later):
@@ -303,7 +291,7 @@ class Executor:
         waiting: set[Edge] = set()
         end = Action(len(self._holding.workers), m)
         for edge in loss.edges:
-            values[edge], requires_grad = self._traffic.take(edge, end, backward=False)
+            values[edge], requires_grad = self._traffic.take(edge, end, backward=False, by=action)
             if requires_grad and edge.source != CLIENT:
                 waiting.add(edge)
             if loss.returns_outputs:
@@ -311,7 +299,7 @@ class Executor:
         target = None
         if loss.target is not None:
             target = loss.target.build(
-                {e: self._traffic.take(e, end, backward=False)[0] for e in loss.target.edges}
+                {e: self._traffic.take(e, end, backward=False, by=action)[0] for e in loss.target.edges}
             )
         with self._report.timing("loss", action, self._traffic.device(action)), self._surroundings.active():
             weighted, gradients = loss.gradients(m, values, waiting, target)

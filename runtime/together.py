@@ -13,13 +13,14 @@ from typing import Any
 
 from fxsplit.runtime.failure import Failure
 from fxsplit.runtime.worker import Worker
+from fxsplit.schedules.replicas import JOINT
 
 _POLL_S = 0.2
 
 
 def can_be_together(devices: Sequence[str]) -> bool:
     """Whether stages on these devices, one each, do not keep the host: all are on GPUs, and none is replicated."""
-    return all(is_on_gpu(device) and "+" not in device for device in devices)
+    return all(is_on_gpu(device) and JOINT not in device for device in devices)
 
 
 def is_on_gpu(device: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,46 +27,53 @@ from fxsplit.schedules.replicas import replica_for
 from fxsplit.stage import CLIENT, Edge, StageGraph
 
 
-class Traffic:
-    """The traffic of one run on one worker.
+@dataclass(frozen=True)
+class Ways:
+    """What a worker takes and gives by.
 
-    Args:
-        endpoint: the worker's end of the transport.
+    Attributes:
+        endpoint: its end of the transport.
         courier: what sends and receives beside it.
         holding: the stages.
         memories: what compressors keep from step to step, by end of an edge and micro-batch.
         check: raises if waiting makes no more sense.
+    """
+
+    endpoint: Endpoint
+    courier: Courier
+    holding: Holding
+    memories: dict[tuple[Any, ...], dict[str, Tensor]]
+    check: Callable[[], None]
+
+
+class Traffic:
+    """The traffic of one run on one worker.
+
+    Args:
+        ways: of the worker.
         number: of the run.
         run: what was kept of it so far.
         has_gradients: whether a backward may follow.
         loss: how the loss of a micro-batch is made, if a whole step is run.
         report: what is measured goes here.
-
-    Attributes:
-        action: the one under way.
     """
 
     def __init__(
         self,
-        endpoint: Endpoint,
-        courier: Courier,
-        holding: Holding,
-        memories: dict[tuple[Any, ...], dict[str, Tensor]],
-        check: Callable[[], None],
+        ways: Ways,
         number: int,
         run: RunState,
         has_gradients: bool,
         loss: Loss | None,
         report: RunReport,
     ) -> None:
-        self.action: Action | None = None
-        self._endpoint, self._courier, self._holding = endpoint, courier, holding
-        self._memories, self._check_peers = memories, check
+        self._endpoint, self._courier, self._holding = ways.endpoint, ways.courier, ways.holding
+        self._memories, self._check_peers = ways.memories, ways.check
         self._number, self._run, self._has_gradients = number, run, has_gradients
         self._loss, self._report = loss, report
         self._here: dict[Key, Packet] = {}
         # Where the model's outputs go: to the caller, or to the worker that makes the loss.
-        self._ends = (*holding.workers, CLIENT_NAME if loss is None else loss.worker)
+        self._ends = (*self._holding.workers, CLIENT_NAME if loss is None else loss.worker)
 
     def awaited(self, action: Action) -> list[Future[Any]]:
         """What an action takes and is not there yet."""
@@ -105,13 +113,20 @@ class Traffic:
         codec = edge.gradient_compressor if backward else edge.compressor
         self._courier.expect(key, decode, self._report, device, isinstance(codec, Lossless))
 
-    def take(self, edge: Edge, action: Action, backward: bool) -> tuple[Any, bool]:
-        """A value and whether its maker waits for a gradient."""
+    def take(self, edge: Edge, action: Action, backward: bool, by: Action | None = None) -> tuple[Any, bool]:
+        """A value and whether its maker waits for a gradient.
+
+        Args:
+            edge: that brings it.
+            action: that it is for.
+            backward: whether it is a gradient.
+            by: the action that waits, if it is another.
+        """
         if self._stays(edge):
             packet = self._here.pop(self.key(edge, action, backward))
             return unpack(packet, edge, backward, self.device(action)), packet.requires_grad
         self.expect(edge, action, backward)
-        with self._report.timing("wait", self.action or action):
+        with self._report.timing("wait", by or action):
             value: tuple[Any, bool] = self._courier.take(self.key(edge, action, backward), self.check)
         return value
 

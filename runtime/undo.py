@@ -26,6 +26,8 @@ class Copies:
     @torch.no_grad()
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """A copy of each; the copies that were made before may change."""
+        if any(tensor.layout != torch.strided for tensor in tensors):  # gradients of sparse embeddings
+            return [tensor.clone() for tensor in tensors]
         if len(tensors) != len(self._tensors) or any(
             one is not other or one.shape != copy.shape
             for one, other, copy in zip(tensors, self._tensors, self._copies, strict=True)

@@ -39,6 +39,7 @@ from fxsplit.runtime.settings import TorchSettings
 from fxsplit.runtime.stage_options import StageOptions
 from fxsplit.runtime.stopwatch import Stopwatch
 from fxsplit.runtime.streams import Pace, mark
+from fxsplit.runtime.traffic import Ways
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint, wait
 from fxsplit.runtime.undo import Copies, Undo
 from fxsplit.schedules import Action
@@ -191,7 +192,7 @@ class Worker:
     def _new_executor(self) -> Executor:
         check = lambda: self.check()  # noqa: E731  # the client's changes with each run
         begins = lambda action: self._pulse.at(_place_of(action))  # noqa: E731
-        return Executor(self._endpoint, self._courier, self._holding, self._memories, check, begins)
+        return Executor(Ways(self._endpoint, self._courier, self._holding, self._memories, check), begins)
 
     def run(self, *arguments: Any) -> RunReport:
         """Does all that `running` does."""

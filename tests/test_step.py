@@ -299,3 +299,28 @@ def test_a_split_backward_is_the_whole_one(build: str) -> None:
         assert (one is None and other is None) or (
             one is not None and other is not None and torch.equal(one, other)
         )
+
+
+def test_sparse_gradients_are_added_up_over_steps() -> None:
+    """What a step may have to take back is copied before it, in whatever layout it is."""
+
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.last = nn.Embedding(20, 4, sparse=True), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.last(self.table(x).mean(1))
+            return result
+
+    torch.manual_seed(0)
+    model, x, y = Lookup(), torch.randint(0, 20, (8, 5)), torch.arange(8) % 3
+    expected = copy.deepcopy(model)
+    options: dict[str, Any] = {"cuts": ["last"], "chunks": 1, "transport": "in_process", "example_inputs": x}
+    with fxsplit.compile(model, ["cpu", "a/cpu"], **options) as pipe:
+        for _ in range(2):
+            pipe.step(x, target=y, loss_fn=F.cross_entropy)
+            F.cross_entropy(expected(x), y).backward()
+        found, wanted = pipe.gradients()["table.weight"], expected.table.weight.grad
+    assert found.is_sparse and wanted is not None
+    assert torch.equal(found.to_dense(), wanted.to_dense())

@@ -24,17 +24,23 @@ from fxsplit.runtime.join import join
 from tests.faults.scripts import assert_same, batch, small_model, train
 from tests.test_joining import TOKEN, free_port, joining
 
+OPTIONS: dict[str, Any] = {"cuts": ["3"], "chunks": 2, "verify": False}
+
+
+def undisturbed(devices: list[str]) -> dict[str, torch.Tensor]:
+    """What comes of six steps where nobody connects."""
+    with fxsplit.compile(small_model(), devices, transport="in_process", **OPTIONS) as pipe:
+        torch.manual_seed(1)
+        return train(pipe, 6)
+
 
 def test_noise_at_every_port_does_not_disturb_training() -> None:
     """That of the client for workers to join at is the only one."""
-    options: dict[str, Any] = {"cuts": ["3"], "chunks": 2, "verify": False}
     devices = ["cpu", "server/cpu"]
-    with fxsplit.compile(small_model(), devices, transport="in_process", **options) as pipe:
-        torch.manual_seed(1)
-        expected = train(pipe, 6)
+    expected = undisturbed(devices)
     port = free_port()
     address: dict[str, Any] = {"listen": f"127.0.0.1:{port}", "token": TOKEN}
-    with joining(port, "server"), fxsplit.compile(small_model(), devices, **address, **options) as pipe:
+    with joining(port, "server"), fxsplit.compile(small_model(), devices, **address, **OPTIONS) as pipe:
         pids = [worker.pid for worker in pipe.workers]
         assert [port for pid in pids for port in listening_ports(pid)] == [port]
         torch.manual_seed(1)
@@ -47,13 +53,10 @@ def test_noise_at_every_port_does_not_disturb_training() -> None:
 @pytest.mark.faults
 def test_noise_at_the_ports_of_replicas_does_not_disturb_training() -> None:
     """Each keeps one open, at which the others have found it."""
-    options: dict[str, Any] = {"cuts": ["3"], "chunks": 2, "verify": False}
     devices = ["cpu", "one/cpu+two/cpu"]
-    with fxsplit.compile(small_model(), devices, transport="in_process", **options) as pipe:
-        torch.manual_seed(1)
-        expected = train(pipe, 6)
+    expected = undisturbed(devices)
     noise = contextlib.ExitStack()
-    with noise, fxsplit.compile(small_model(), devices, **options) as pipe:
+    with noise, fxsplit.compile(small_model(), devices, **OPTIONS) as pipe:
 
         def connect(step: int) -> None:
             if step == 1:  # all are connected

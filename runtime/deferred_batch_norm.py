@@ -12,6 +12,7 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -23,19 +24,37 @@ from fxsplit.errors import PipelineError
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class Seen(NamedTuple):
-    """What one call of a layer saw: mean and unbiased variance [C], and how many values each is of.
+class Call(NamedTuple):
+    """One call of a layer for one micro-batch in a stage: which of the layers, and which of its calls."""
 
-    The layer is a number, and so is the call, among those of a micro-batch in a stage.
-    """
-
-    layer: int
-    micro_batch: int
     stage: int
+    micro_batch: int
+    layer: int
     call: int
+    size: int
+    """How many values the mean and the variance of a channel are of."""
+    channels: int
+
+
+@dataclass
+class Caught:
+    """What layers saw: calls, and their means and unbiased variances [C], one after another or in one tensor."""
+
+    calls: list[Call] = field(default_factory=list)
+    numbers: list[Tensor] = field(default_factory=list)
+    counts: Counter[int] = field(default_factory=Counter)
+
+    def together(self) -> Tensor | None:
+        """A copy of all numbers in one tensor; None if there are none."""
+        return torch.cat(self.numbers) if self.numbers else None
+
+
+class Seen(NamedTuple):
+    """A call, and the mean and unbiased variance [C] of what the layer saw."""
+
+    call: Call
     mean: Tensor
     variance: Tensor
-    size: int
 
 
 class DeferredBatchNorm:
@@ -51,6 +70,8 @@ class DeferredBatchNorm:
     The replicas of a stage collect, too, and give each other what they saw. Unless statistics are those of whole
     batches, each then updates its layers with one micro-batch after the other, as one worker would do.
 
+    On a GPU all of it is queued: nothing waits for a number.
+
     Args:
         stages: the modules whose layers are changed.
         by_batch: whether there is one update for the whole batch, or one for each micro-batch.
@@ -60,43 +81,69 @@ class DeferredBatchNorm:
         modules = dict.fromkeys(module for stage in stages for module in stage.modules())
         self.layers = [module for module in modules if isinstance(module, _BatchNorm)]
         self._by_batch = by_batch
-        self._seen: list[Seen] = []
-        self._place: tuple[int, int] | None = None
-        self._calls: Counter[int] = Counter()
+        self._collected: list[tuple[list[Call], Tensor]] = []
+        self._caught: Caught | None = None
         for number, layer in enumerate(self.layers):
             setattr(layer, "forward", functools.partial(self._forward, number, layer.forward))  # noqa: B010
 
     def clear(self) -> None:
         """Forgets what was collected: the run was given up."""
-        self._seen = []
+        self._collected = []
 
     @contextmanager
     def collecting(self, stage: int, micro_batch: int) -> Iterator[None]:
         """Within, one micro-batch runs through a stage, and counts."""
-        self._place = micro_batch, stage
-        self._calls.clear()
-        try:
+        with self.catching() as caught:
             yield
+        if (numbers := caught.together()) is not None:
+            calls = [call._replace(stage=stage, micro_batch=micro_batch) for call in caught.calls]
+            self._collected.append((calls, numbers))
+
+    @contextmanager
+    def catching(self) -> Iterator[Caught]:
+        """Within, what layers see is caught, and not collected: a recording is made of what will be replayed."""
+        before, self._caught = self._caught, Caught()
+        try:
+            yield self._caught
         finally:
-            self._place = None
+            self._caught = before
+
+    def replayed(self, calls: Sequence[Call], numbers: Tensor) -> None:
+        """Layers saw this in a recorded forward."""
+        if self._caught is not None:
+            self._caught.calls += calls
+            self._caught.numbers.append(numbers)
 
     @torch.no_grad()
-    def commit(self, share: Callable[[list[Tensor]], list[list[Tensor]]] | None = None) -> None:
+    def commit(self, share: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> None:
         """Updates the running statistics with all that was collected.
 
         Args:
-            share: gives tensors to the other replicas, and returns those that each has, this one's own included.
+            share: gives calls [calls, 6] and numbers to the other replicas, and returns those of all together.
         """
-        seen = self._seen
+        collected, self._collected = self._collected, []
+        calls = [call for some, _ in collected for call in some]
+        numbers = [each for _, each in collected]
         if share is not None:
-            seen = [each for tensors in share(_packed(seen)) for each in _unpacked(*tensors)]
+            like = next((layer.running_mean for layer in self.layers if layer.running_mean is not None), None)
+            if like is None:
+                return
+            shared, together = share(
+                torch.tensor(calls, dtype=torch.int64).view(-1, len(Call._fields)), _one(numbers, like)
+            )
+            calls, numbers = [Call(*row) for row in shared.tolist()], [together]
         parts: defaultdict[tuple[int, ...], list[Seen]] = defaultdict(list)
-        for each in sorted(seen, key=lambda each: each[:4]):
-            first = 0 if self._by_batch else each.micro_batch
-            parts[each.layer, first, each.stage, each.call].append(each)
-        for key in sorted(parts):
-            _update(self.layers[key[0]], parts[key])
-        self.clear()
+        for seen in sorted(_taken_apart(calls, numbers), key=lambda seen: seen.call[1::-1]):
+            first = 0 if self._by_batch else seen.call.micro_batch
+            parts[first, seen.call.stage, seen.call.call, seen.call.layer].append(seen)
+        turns: defaultdict[int, list[tuple[_BatchNorm, Seen]]] = defaultdict(list)
+        counts: Counter[int] = Counter()
+        for key in sorted(parts):  # the first update of each layer, then the second of each, ...
+            layer = key[-1]
+            turns[counts[layer]].append((self.layers[layer], _merge(parts[key])))
+            counts[layer] += 1
+        for updates in turns.values():
+            _update(updates)
 
     def _forward(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         layer = self.layers[number]
@@ -105,12 +152,12 @@ class DeferredBatchNorm:
         with _empty_statistics(layer):
             output = forward(*args, **kwargs)
             mean, variance = layer.running_mean.detach(), layer.running_var.detach()  # type: ignore[union-attr]
-        if self._place is not None:
-            call = self._calls[number]
-            self._calls[number] += 1
+        if (caught := self._caught) is not None:
             values: Tensor = next(iter((*args, *kwargs.values())))
             size = values.numel() // layer.num_features
-            self._seen.append(Seen(number, *self._place, call, mean, variance, size))
+            caught.calls.append(Call(-1, -1, number, caught.counts[number], size, layer.num_features))
+            caught.numbers += (mean, variance)
+            caught.counts[number] += 1
         return output
 
 
@@ -131,19 +178,24 @@ def check_batch_norms(model: nn.Module) -> None:
         )
 
 
-def _packed(seen: Sequence[Seen]) -> list[Tensor]:
-    """As tensors on the CPU: int64 [calls, 6], and the means and variances one after another, float64."""
-    rows = [(s.layer, s.micro_batch, s.stage, s.call, s.size, s.mean.numel()) for s in seen]
-    numbers = [half.double().cpu() for s in seen for half in (s.mean, s.variance)]
-    return [torch.tensor(rows, dtype=torch.int64).view(-1, 6), torch.cat(numbers) if numbers else torch.empty(0)]
+def _one(numbers: Sequence[Tensor], like: Tensor) -> Tensor:
+    """One tensor of all numbers, with at least the precision of float32: of one dtype on all replicas."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return (
+        torch.cat([each.to(like.device, dtype) for each in numbers]) if numbers else like.new_empty(0, dtype=dtype)
+    )
 
 
-def _unpacked(rows: Tensor, numbers: Tensor) -> list[Seen]:
-    halves = iter(numbers.split([size for size in rows[:, 5].tolist() for _ in range(2)]))
-    return [
-        Seen(layer, micro_batch, stage, call, next(halves), next(halves), size)
-        for layer, micro_batch, stage, call, size, _ in rows.tolist()
-    ]
+def _taken_apart(calls: Sequence[Call], numbers: Sequence[Tensor]) -> Iterator[Seen]:
+    """The numbers of each call; those of the calls of a micro-batch, or of all, are in one tensor."""
+    left = iter(calls)
+    for together in numbers:
+        these, count = [], 0
+        while count < together.numel():
+            these.append(next(left))
+            count += 2 * these[-1].channels
+        halves = iter(together.split([call.channels for call in these for _ in range(2)]))
+        yield from (Seen(call, next(halves), next(halves)) for call in these)
 
 
 @contextmanager
@@ -163,26 +215,39 @@ def _empty_statistics(layer: _BatchNorm) -> Iterator[None]:
         layer._buffers.update(kept)
 
 
-def _update(layer: _BatchNorm, parts: Sequence[Seen]) -> None:
-    """What `torch.nn.BatchNorm2d` does after a forward, for the micro-batches as one batch."""
-    batches = layer.num_batches_tracked
-    if batches is not None:
-        batches.add_(1)
-    if not any(part.size for part in parts):
-        return  # an empty batch counts and changes nothing, as in torch
-    factor = layer.momentum
-    if factor is None:  # the mean over all batches
-        factor = 1.0 / float(batches) if batches is not None else 0.0
-    for running, seen in zip((layer.running_mean, layer.running_var), _merge(parts), strict=True):
-        assert running is not None, "layers without running statistics collect nothing"
-        running.copy_((1.0 - factor) * running.double() + factor * seen.to(running.device))
-
-
-def _merge(parts: Sequence[Seen]) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance [C] of all parts together, in double precision."""
+def _merge(parts: Sequence[Seen]) -> Seen:
+    """Of all parts together, in double precision (Chan, Golub and LeVeque)."""
+    if len(parts) == 1:
+        return parts[0]
     means = torch.stack([part.mean for part in parts]).double()  # [parts, C]
     variances = torch.stack([part.variance for part in parts]).double()
-    sizes = torch.tensor([[part.size] for part in parts], dtype=torch.float64, device=means.device)
-    mean = (sizes * means).sum(0) / sizes.sum()
+    counts = [part.call.size for part in parts]
+    sizes = torch.tensor(counts, dtype=torch.float64).view(-1, 1).to(means.device)
+    mean = (sizes * means).sum(0) / sum(counts)
     squares = (sizes - 1.0).clamp(min=0.0) * variances + sizes * (means - mean).square()
-    return mean, squares.sum(0) / (sizes.sum() - 1.0)
+    return Seen(parts[0].call._replace(size=sum(counts)), mean, squares.sum(0) / (sum(counts) - 1.0))
+
+
+def _update(updates: Sequence[tuple[_BatchNorm, Seen]]) -> None:
+    """What `torch.nn.BatchNorm2d` does after a forward, for different layers at once: few kernels for all."""
+    tracked = [layer.num_batches_tracked for layer, _ in updates if layer.num_batches_tracked is not None]
+    if tracked:
+        torch._foreach_add_(tracked, 1)
+    alike: defaultdict[Any, list[tuple[_BatchNorm, Seen]]] = defaultdict(list)
+    for layer, seen in updates:
+        if seen.call.size:  # an empty batch counts and changes nothing, as in torch
+            assert layer.running_mean is not None, "layers without running statistics collect nothing"
+            own = layer.momentum if layer.momentum is not None else layer
+            alike[own, layer.running_mean.device, layer.running_mean.dtype].append((layer, seen))
+    for (own, _, dtype), some in alike.items():
+        halves = [half for layer, _ in some for half in (layer.running_mean, layer.running_var)]
+        running = [half for half in halves if half is not None]
+        values = torch.cat([half for _, seen in some for half in (seen.mean, seen.variance)]).double()
+        factor = _mean_factor(own) if isinstance(own, _BatchNorm) else own
+        after = (1.0 - factor) * torch.cat(running).double() + factor * values.to(running[0].device)
+        torch._foreach_copy_(running, list(after.to(dtype).split([half.numel() for half in running])))
+
+
+def _mean_factor(layer: _BatchNorm) -> Tensor | float:
+    """What makes the running statistics the mean over all batches."""
+    return 1.0 / layer.num_batches_tracked.double() if layer.num_batches_tracked is not None else 0.0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxsplit.compressors.decaying_linear import Shrink
+from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
 from fxsplit.runtime.recording import RECORDERS, Inspector, Recorder
 from fxsplit.runtime.slots import GradientBuffers, Kind, Slot
 from fxsplit.stage import Mode, StageModule
@@ -102,6 +103,7 @@ class StageGraphs:
         stages: by number.
         devices: of each.
         refused: stages that cannot be recorded, and why.
+        batch_norms: the layers whose statistics are deferred.
         may_record: whether this is a time at which autograd's graphs of nothing else are alive: their nodes
             belong to other streams.
     """
@@ -111,9 +113,11 @@ class StageGraphs:
         stages: Mapping[int, StageModule],
         devices: Mapping[int, torch.device],
         refused: Mapping[int, str],
+        batch_norms: DeferredBatchNorm,
         may_record: Callable[[], bool],
     ) -> None:
         self._stages, self._devices, self._may_record = stages, devices, may_record
+        self._batch_norms = batch_norms
         self._recorders: dict[torch.device, Recorder] = {
             device: RECORDERS[device.type](device)
             for device in dict.fromkeys(devices.values())
@@ -154,7 +158,8 @@ class StageGraphs:
         """
         device = self._devices[stage]
         described = _described(inputs)
-        if device not in self._recorders or stage in self._refused or described is None:
+        is_empty = not self._stages[stage].ports(mode).outputs  # a client's that computes nothing
+        if device not in self._recorders or stage in self._refused or described is None or is_empty:
             return Inspection(None, device, surroundings.grad)
         kind = Kind(stage, mode, surroundings, is_split, described, self._state(stage))
         recordings = self._recordings.setdefault(kind, Recordings())
@@ -174,7 +179,8 @@ class StageGraphs:
         torch.clear_autocast_cache()  # what it keeps belongs to other streams, too
         self._drop(replace(kind, is_split=not kind.is_split))
         try:
-            return Slot(self._stages[kind.stage], kind, inputs, recordings.given, recorder, self._buffers)
+            module, given = self._stages[kind.stage], recordings.given
+            return Slot(module, kind, inputs, given, recorder, self._buffers, self._batch_norms)
         except Exception as error:  # whatever a library does that cannot be recorded
             first_line = str(error).partition("\n")[0]
             recordings.reason = f"recording failed: {type(error).__name__}: {first_line}"
@@ -193,19 +199,16 @@ class StageGraphs:
         return self._modes[stage], tuple(p.requires_grad for p in self._parameters[stage])
 
 
-def refusal(stage: nn.Module, checkpoint: str, deferred: Sequence[nn.Module]) -> str | None:
+def refusal(stage: nn.Module, checkpoint: str) -> str | None:
     """Why a stage cannot be recorded, as far as it can be said beforehand.
 
     Args:
         stage: the stage.
         checkpoint: its policy.
-        deferred: layers with deferred statistics.
     """
     if checkpoint != "never":
         return f"its activations are computed again (checkpoint={checkpoint!r})"
     for name, module in stage.named_modules():
-        if any(module is layer for layer in deferred):
-            return f"{name} collects its statistics (deferred_batch_norm, or replicas)"
         if isinstance(module, Shrink):
             return f"{name} changes its shape as it learns"
         if any(getattr(module, hooks, None) for hooks in _HOOKS):

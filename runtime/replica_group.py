@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import AllreduceOptions, ProcessGroupGloo, Store
 
 from fxsplit.errors import WorkerError
 from fxsplit.runtime.packet import Key, Packet
+from fxsplit.runtime.stopwatch import CPU
 from fxsplit.runtime.transport import Endpoint, wait, wait_done
 from fxsplit.schedules.replicas import replicas_of
 from fxsplit.stage import CLIENT
@@ -28,7 +29,7 @@ from fxsplit.stage import CLIENT
 _MEET_S = 60.0
 _NEVER = datetime.timedelta(days=7)  # a peer may compute for long; whether it lives is the client's to find out
 _BROKEN_WAIT_S = 60.0
-_POLL_S = 1e-3
+_POLL_S = 1e-4
 
 Check = Callable[[], None]
 """Raises if waiting makes no more sense."""
@@ -100,9 +101,13 @@ class ReplicaGroup:
         self._group: Any = None
         self._store: PacketStore | None = None  # torch's own reference does not keep a store of Python's alive
         self._is_on_gpus = False
+        self._device = CPU  # on which its sums are made
+        self._queued: list[Any] = []
 
     def sum(self, tensor: Tensor, run: int, check: Check) -> None:
         """Replaces a tensor by its sum over all replicas, with the same bits on each.
+
+        Between GPUs that is queued on the tensor's current stream, and done when `finish` returns.
 
         Args:
             tensor: contiguous, floating point or complex; of the same shape, dtype and kind of device on all.
@@ -117,15 +122,38 @@ class ReplicaGroup:
         plain = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
         if self._group is None:
             self._group = self._formed(run, plain.device, check)
-        own = plain if self._is_on_gpus else plain.cpu()
+        own = plain if plain.device.type == self._device.type else plain.to(self._device)
         options = AllreduceOptions()
         options.timeout = _NEVER
         try:
-            self._await(self._group.allreduce([own], options), check)
+            work = self._group.allreduce([own], options)
+            if self._is_on_gpus:
+                work.wait()  # the stream waits, not the host
+                self._queued.append(work)
+            else:
+                _await(work, check)
         except RuntimeError as error:
             self._explain(error, check)
         if own is not plain:
             plain.copy_(own)
+
+    def finish(self, run: int, check: Check) -> None:
+        """Waits for the sums that are queued, if a peer may die before it has done its part.
+
+        A GPU waits for its peers for ever. Those of one process end together; those of other processes are waited
+        for here, where it is noticed that one is gone.
+        """
+        queued, self._queued = self._queued, []
+        if self._endpoint.is_immediate:
+            return
+        check = self._until_given_up(run, check)
+        try:
+            for work in queued:
+                while not work.is_completed():
+                    check()
+                    time.sleep(_POLL_S)
+        except RuntimeError as error:
+            self._explain(error, check)
 
     def gather(self, what: str, tensors: list[Tensor], run: int, check: Check) -> list[list[Tensor]]:
         """The tensors that each replica has, in their order; on the CPU, of any number and size."""
@@ -147,6 +175,7 @@ class ReplicaGroup:
         Its end waits for what is under way, which ends when all members have dropped it; that is not waited for.
         """
         group, self._group = self._group, None
+        self._queued = []
         if group is not None:
             threading.Thread(target=_end, args=(group,), name="fxsplit replicas", daemon=True).start()
 
@@ -160,6 +189,7 @@ class ReplicaGroup:
         devices = [store.get(f"device/{rank}").decode() for rank in range(len(self.names))]
         # NCCL takes no two members on one GPU.
         self._is_on_gpus = device.type == "cuda" and len(set(devices)) == len(devices)
+        self._device = device if self._is_on_gpus else CPU
         try:
             if self._is_on_gpus:
                 return _nccl(store, self.rank, len(self.names))
@@ -169,18 +199,6 @@ class ReplicaGroup:
             return ProcessGroupGloo(store, self.rank, len(self.names), gloo)
         except RuntimeError as error:
             self._explain(error, check)
-
-    def _await(self, work: Any, check: Check) -> None:
-        if self._is_on_gpus:
-            while not work.is_completed():
-                check()
-                time.sleep(_POLL_S)
-            work.wait()
-            return
-        done: Future[None] = Future()
-        work.get_future().add_done_callback(lambda _: done.set_result(None))
-        wait_done(done, check)
-        work.wait()  # raises what went wrong
 
     def _explain(self, error: RuntimeError, check: Check) -> None:
         """A peer has gone, most likely: then the client says so, and gives the run up."""
@@ -207,6 +225,13 @@ class ReplicaGroup:
             check()
 
         return look
+
+
+def _await(work: Any, check: Check) -> None:
+    done: Future[None] = Future()
+    work.get_future().add_done_callback(lambda _: done.set_result(None))
+    wait_done(done, check)
+    work.wait()  # raises what went wrong
 
 
 def _unique_name(device: torch.device) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fxsplit.errors import PipelineError, WorkerError
 from fxsplit.runtime.replica_group import Check, ReplicaGroup
 from fxsplit.runtime.report import LinkTraffic, RunReport
+from fxsplit.runtime.stopwatch import CPU
 from fxsplit.runtime.transport import Endpoint
 from fxsplit.schedules import Action
 from fxsplit.schedules.replicas import replicas_of
@@ -39,6 +40,7 @@ class Replication:
         self._group = ReplicaGroup(endpoint, worker)
         self._stages = stages
         self._name = endpoint.name
+        self._device = next((p.device for stage in stages.values() for p in stage.parameters()), CPU)
 
     @classmethod
     def of(
@@ -75,16 +77,33 @@ class Replication:
             PipelineError: a gradient is sparse; or the run was given up.
             WorkerError: the replicas cannot reach each other.
         """
-        with report.timing("reduce", Action(min(self._stages), self._group.rank)):
+        with report.timing("reduce", Action(min(self._stages), self._group.rank), self._device):
             for bucket in _buckets(self._parameters()):
                 flat = _flattened(bucket)
                 self._group.sum(flat, run, check)
                 _put_back(flat, bucket)
                 self._count(flat.nbytes, report)
 
-    def gather(self, what: str, tensors: list[Tensor], run: int, check: Check) -> list[list[Tensor]]:
-        """The tensors that each replica has, in their order; they are on the CPU."""
-        return self._group.gather(what, tensors, run, check)
+    def share(self, rows: Tensor, numbers: Tensor, run: int, check: Check) -> tuple[Tensor, Tensor]:
+        """What all replicas have, one replica's after the other's: the same on each.
+
+        Args:
+            rows: integers [n, k] on the CPU; the last column counts half of the numbers of each.
+            numbers: float32 or float64 [m], on the device of the stages.
+            run: under way.
+            check: raises if waiting makes no more sense.
+        """
+        known = [found for (found,) in self._group.gather("what was seen", [rows], run, check)]
+        sizes = [2 * int(each[:, -1].sum()) for each in known]
+        together = numbers.new_zeros(sum(sizes))
+        if sum(sizes):  # a sum of each with zeros is exact
+            together.split(sizes)[self._group.rank].copy_(numbers)
+            self._group.sum(together, run, check)
+        return torch.cat(known), together
+
+    def finish(self, run: int, check: Check) -> None:
+        """Returns when what is above is done, or is sure to be."""
+        self._group.finish(run, check)
 
     def give_up(self) -> None:
         """A run was given up: the next one begins with a process group of its own."""
@@ -154,9 +173,13 @@ def _buckets(parameters: Iterator[nn.Parameter]) -> list[list[nn.Parameter]]:
 def _flattened(bucket: Sequence[nn.Parameter]) -> Tensor:
     """The gradients one after another, zero where there is none, and behind them a one for each that there is."""
     sizes = [parameter.numel() for parameter in bucket]
-    flat = bucket[0].new_zeros(sum(sizes) + len(bucket))
-    for parameter, place in zip(bucket, flat[: sum(sizes)].split(sizes), strict=True):
+    flat = bucket[0].new_empty(sum(sizes) + len(bucket))
+    flags = flat[sum(sizes) :].fill_(1.0)
+    places, gradients = [], []
+    for index, (parameter, place) in enumerate(zip(bucket, flat.split([*sizes, len(bucket)]), strict=False)):
         if (gradient := parameter.grad) is None:
+            place.zero_()
+            flags[index] = 0.0
             continue
         if gradient.layout is not torch.strided:
             raise PipelineError(
@@ -165,9 +188,10 @@ def _flattened(bucket: Sequence[nn.Parameter]) -> Tensor:
                 allowed="dense gradients",
                 hint="nn.Embedding(..., sparse=False), or a stage without replicas",
             )
-        place.view(parameter.shape).copy_(gradient)
-    flags = [float(parameter.grad is not None) for parameter in bucket]
-    flat[sum(sizes) :].copy_(torch.tensor(flags))
+        places.append(place.view(parameter.shape))
+        gradients.append(gradient)
+    if places:
+        torch._foreach_copy_(places, gradients)
     return flat
 
 
@@ -175,12 +199,17 @@ def _flattened(bucket: Sequence[nn.Parameter]) -> Tensor:
 def _put_back(flat: Tensor, bucket: Sequence[nn.Parameter]) -> None:
     """The sums become the gradients of those parameters that have one on some replica."""
     sizes = [parameter.numel() for parameter in bucket]
-    has_gradient = flat[sum(sizes) :].real.cpu() > 0
-    for parameter, place, present in zip(bucket, flat[: sum(sizes)].split(sizes), has_gradient, strict=True):
-        if not present:
+    if any(parameter.grad is None for parameter in bucket):
+        present = (flat[sum(sizes) :].real.cpu() > 0).tolist()
+    else:  # as nearly always: nobody has to wait for a GPU
+        present = [True] * len(bucket)
+    places, gradients = [], []
+    for parameter, place, is_there in zip(bucket, flat.split([*sizes, len(bucket)]), present, strict=False):
+        if not is_there:
             continue
-        total = place.view(parameter.shape)
         if parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter).copy_(total)
-        else:
-            parameter.grad.copy_(total)
+            parameter.grad = torch.empty_like(parameter)
+        places.append(place.view(parameter.shape))
+        gradients.append(parameter.grad)
+    if gradients:
+        torch._foreach_copy_(gradients, places)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from fxsplit.errors import PipelineError
+from fxsplit.runtime.deferred_batch_norm import Call, DeferredBatchNorm
 from fxsplit.runtime.out_of_place import out_of_place
 from fxsplit.runtime.packet import GradientTap
 from fxsplit.runtime.recording import Recorder
@@ -111,6 +112,7 @@ class Slot:
         given: the indices of the outputs whose gradients will come.
         recorder: of the device.
         buffers: of the parameters' gradients.
+        batch_norms: the layers whose statistics are deferred.
     """
 
     def __init__(
@@ -121,8 +123,11 @@ class Slot:
         given: Sequence[int],
         recorder: Recorder,
         buffers: GradientBuffers,
+        batch_norms: DeferredBatchNorm,
     ) -> None:
         self._module, self._kind, self._given, self._buffers = module, kind, tuple(given), buffers
+        self._batch_norms = batch_norms
+        self._seen: tuple[list[Call], Tensor] | None = None
         self._inputs = [torch.empty_like(v) if isinstance(v, Tensor) else v for v in inputs]
         self._trained = [p for p in dict.fromkeys(module.parameters()) if p.requires_grad]
         buffers.of(self._trained)
@@ -151,6 +156,8 @@ class Slot:
                 own.copy_(value)
         with self._kind.surroundings.active():
             self._forward()
+        if self._seen is not None:
+            self._batch_norms.replayed(*self._seen)
         given = self._given if self._kind.surroundings.grad else ()
         return tuple(v if i in given else own_copy(v) for i, v in enumerate(self._outputs))
 
@@ -209,7 +216,10 @@ class Slot:
                 inputs[index] = tap.tensor
             taps.append(tap)
         self._taps = taps
-        self._outputs = self._module.run(self._kind.mode, *inputs)
+        with self._batch_norms.catching() as caught:
+            self._outputs = self._module.run(self._kind.mode, *inputs)
+        numbers = caught.together()
+        self._seen = None if numbers is None else (caught.calls, numbers)
         ends = [self._outputs[index].grad_fn for index in self._given]
         behind = _variables_behind([end for end in ends if end is not None])
         self._used = [parameter for parameter in self._trained if id(parameter) in behind]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +38,18 @@ class Copies:
             self._tensors, self._copies = (list(tensors), copies) if is_kept else ([], [])
         else:
             copies = self._copies
-        if copies:
-            torch._foreach_copy_(copies, list(tensors))
+        for copy, tensor in _by_kind(copies, tensors).values():  # what is mixed is copied one by one
+            torch._foreach_copy_(copy, tensor)
         return copies
+
+
+def _by_kind(copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> dict[Any, tuple[list[Tensor], list[Tensor]]]:
+    found: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for copy, tensor in zip(copies, tensors, strict=True):
+        pair = found.setdefault((tensor.dtype, tensor.device), ([], []))
+        pair[0].append(copy)
+        pair[1].append(tensor)
+    return found
 
 
 @dataclass(frozen=True)

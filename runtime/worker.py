@@ -165,9 +165,9 @@ class Worker:
         graphs = None
         if options.cuda_graphs:
             policies = {stage: checkpoint[stage] if checkpoint else "never" for stage in stages}
-            reasons = {n: refusal(module, policies[n], batch_norms.layers) for n, module in stages.items()}
+            reasons = {n: refusal(module, policies[n]) for n, module in stages.items()}
             refused = {stage: reason for stage, reason in reasons.items() if reason is not None}
-            graphs = StageGraphs(stages, placed, refused, self._may_record)
+            graphs = StageGraphs(stages, placed, refused, batch_norms, self._may_record)
         self._holding = Holding(
             stages, placed, tuple(workers), batch_norms, checkpoint, graphs, are_compiled=options.compile_stages
         )
@@ -285,9 +285,10 @@ class Worker:
             return
         check = lambda: self.check()  # noqa: E731  # as above
         if batch_norms.layers and mode.training and any(action.is_forward for action in actions):
-            batch_norms.commit(lambda own: replication.gather("statistics", own, number, check))
+            batch_norms.commit(lambda calls, numbers: replication.share(calls, numbers, number, check))
         if any(action.sends_gradients for action in actions):
             replication.sum_gradients(number, check, report)
+        replication.finish(number, check)
 
     def _give_up_replication(self) -> None:
         if self._replication is not None:

@@ -61,7 +61,6 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "too few cuts": ({"cuts": ["second"], "devices": SANDWICH}, ["cut", "1", "2"]),
     "unknown cut": ({"cuts": ["secnd"]}, ["secnd", "second"]),
-    "nothing before the cut": ({"cuts": ["first"]}, ["first", "nothing runs before"]),
     "no chunks": ({"chunks": 0}, ["chunks", "0", "1 or more"]),
     "chunks are no number": ({"chunks": "four"}, ["chunks", "four"]),
     "unknown schedule": ({"schedule": "zigzag"}, ["zigzag", "gpipe"]),

@@ -41,12 +41,13 @@ def test_contenders_are_spelled_and_fit_their_tasks() -> None:
 def test_a_contender_that_fails_is_a_row_with_its_reason(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     only = "kind=single;kind=fxsplit,stages=2,chunks=2;kind=fxsplit,stages=2,chunks=99"
+    only += ";kind=fxsplit,stages=1,chunks=2,replicas=2"
     sizes = ["--rounds", "2", "--steps", "1", "--warm-up", "2"]
     command = [sys.executable, "-m", "benchmarks.gpus", "run", "--cpu", "--tasks", "tiny", "--only", only, *sizes]
     done = subprocess.run([*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows: list[dict[str, Any]] = json.loads(file.read_text())["tasks"]["tiny"]
-    assert [len(row["seconds"]) for row in rows] == [2, 2, 0]
+    assert [len(row["seconds"]) for row in rows] == [2, 2, 0, 2]
     assert rows[2]["reason"] and "Traceback" in done.stderr
     assert f"fails: {rows[2]['reason']}" in table("tiny", rows)
     draw({"tiny": rows}, {}, tmp_path / "picture.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -33,37 +34,47 @@ def repeatable(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = before
 
 
+@pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("replicas", PAIRS)
-def test_training_is_that_of_one_gpu(replicas: str, transport: str) -> None:
+def test_training_is_that_of_one_gpu(replicas: str, transport: str, cuda_graphs: bool) -> None:
     """A sum of two is the same in either order; afterwards the replicas have the same bits."""
     options: dict[str, Any] = {"cuts": MOBILENET[2], "chunks": 2, "transport": transport, "verify": False}
     found = []
     for devices in (["cpu", "a/cuda:0"], ["cpu", replicas]):
-        with fxsplit.compile(mobilenet(), devices, **options) as pipe:
+        graphs = cuda_graphs and devices[1] == replicas
+        with (
+            warnings.catch_warnings(),
+            fxsplit.compile(mobilenet(), devices, cuda_graphs=graphs, **options) as pipe,
+        ):
+            warnings.filterwarnings("error", ".*not replayed.*")
             optimizer = pipe.optimizer(torch.optim.SGD, lr=1e-3)
             losses = []
-            for _ in range(3):
+            for _ in range(4):
                 optimizer.zero_grad()
                 losses.append(pipe.step(images(8), target=LABELS[:8], loss_fn=F.cross_entropy).loss)
                 optimizer.step()
             pipe._engine.check_replicas()
-            found.append((losses, pipe.gradients()))
+            found.append((losses, pipe.gradients(), pipe.state_dict()))
+    for name, value in found[0][2].items():
+        torch.testing.assert_close(found[1][2][name], value, rtol=1e-4, atol=1e-5)
     for ours, one in zip(found[1][0], found[0][0], strict=True):
         torch.testing.assert_close(ours, one)
     for name, gradient in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("replicas", PAIRS)
-def test_a_failure_on_one_gpu_gives_the_step_up_on_both(replicas: str) -> None:
+def test_a_failure_on_one_gpu_gives_the_step_up_on_both(replicas: str, transport: str) -> None:
     """The group that one of them waits in is dropped, and the next step makes another."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity(), Chooses(), torch.nn.Linear(4, 3))
     x = torch.ones(4, 4)
     bad = x.clone()
     bad[3] = 1000.0
-    with fxsplit.compile(model, ["cpu", replicas], cuts=["2"], chunks=2, verify=False) as pipe:
+    options: dict[str, Any] = {"cuts": ["2"], "chunks": 2, "transport": transport, "verify": False}
+    with fxsplit.compile(model, ["cpu", replicas], **options) as pipe:
         pipe.step(x, target=LABELS[:4] % 3, loss_fn=F.cross_entropy)
         before = pipe.gradients()
         with pytest.raises(WorkerError, match="too large"):

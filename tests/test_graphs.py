@@ -92,6 +92,35 @@ def test_training_is_the_same_bit_for_bit(kind: str, schedule: str, replays: lis
     same(found[2], expected[2])
 
 
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("devices", [["cpu", "a/cpu"], ["cpu", "a/cpu+b/cpu"]], ids=["one", "replicas"])
+def test_deferred_statistics_are_the_same_bit_for_bit(
+    devices: list[str], deferred: bool, replays: list[str]
+) -> None:
+    """What a recorded layer saw is collected at each replay: by replicas, too, of uneven micro-batches."""
+    results = []
+    options: dict[str, Any] = {"cuts": ["features.0"], "chunks": 4, "transport": "in_process", "verify": False}
+    for cuda_graphs in (False, True):
+        with fxsplit.compile(
+            mobilenet().train(), devices, deferred_batch_norm=deferred, cuda_graphs=cuda_graphs, **options
+        ) as pipe:
+            optimizer = pipe.optimizer(torch.optim.SGD, lr=1e-5, momentum=0.1)
+            losses = []
+            for step in range(4):
+                if step != 2:  # two are summed
+                    optimizer.zero_grad()
+                losses.append(pipe.step(images(10), target=torch.arange(10), loss_fn=F.cross_entropy).loss)
+                optimizer.step()
+            with torch.no_grad():
+                losses.append(pipe(images(10)))  # updates, too
+            pipe._engine.check_replicas()
+            results.append((losses, pipe.gradients(), pipe.state_dict()))
+    assert replays.count("backward") >= 2 * 4
+    assert all(map(torch.equal, results[1][0], results[0][0]))
+    same(results[1][1], results[0][1])
+    same(results[1][2], results[0][2])
+
+
 def test_calls_modes_frozen_parameters_and_uneven_batches(replays: list[str]) -> None:
     """Each kind of micro-batch has recordings of its own."""
     results = []

@@ -324,3 +324,20 @@ def test_sparse_gradients_are_added_up_over_steps() -> None:
         found, wanted = pipe.gradients()["table.weight"], expected.table.weight.grad
     assert found.is_sparse and wanted is not None
     assert torch.equal(found.to_dense(), wanted.to_dense())
+
+
+def test_a_client_that_computes_nothing_gives_the_models_numbers() -> None:
+    """The cut is before the first module: inputs go on as they are, and their gradients come back."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    reference, x, y = copy.deepcopy(model), torch.randn(4, 6, requires_grad=True), torch.arange(4) % 3
+    options: dict[str, Any] = {"cuts": ["0"], "chunks": 2, "transport": "in_process", "example_inputs": x}
+    with fxsplit.compile(model, ["cpu", "a/cpu"], **options) as pipe:
+        assert torch.equal(pipe(x), reference(x))
+        pipe(x).square().sum().backward()
+        found, x.grad = x.grad, None
+        sum(reference(part).square().sum() for part in x.tensor_split(2)).backward()
+        assert found is not None and x.grad is not None
+        torch.testing.assert_close(found, x.grad)
+        result = pipe.step(x.detach(), target=y, loss_fn=F.cross_entropy)
+        torch.testing.assert_close(result.loss, F.cross_entropy(reference(x), y).detach())

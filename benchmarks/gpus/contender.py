@@ -95,15 +95,22 @@ def peer(task: Task, contender: Contender, device: torch.device, rank: int) -> S
 def pipeline_of_fxsplit(
     task: Task, contender: Contender, devices: list[str], seconds: list[tuple[float, float]], stack: ExitStack
 ) -> Step:
-    """fxsplit, all in one process: its client drives the first GPU, a worker thread the second."""
+    """fxsplit, all in one process: its client drives the first GPU, a worker thread the second.
+
+    With replicas the client computes nothing, and each GPU has a worker.
+    """
     home = torch.device(devices[0])
+    places = [devices[i % len(devices)] for i in range(contender.stages)]
     cuts = fastest_cuts(task.blocks, seconds, contender.stages, contender.chunks, contender.schedule)
+    if contender.replicas > 1:
+        each = [devices[i % len(devices)].rpartition("/")[2] for i in range(contender.replicas)]
+        places, cuts = [devices[0], "+".join(f"replica{i}/{one}" for i, one in enumerate(each))], [task.first]
     inputs: dict[str, Any] = {name: value.to(home) for name, value in task.inputs.items()}
     target = task.target.to(home)
     pipe = stack.enter_context(
         fxsplit.compile(
             task.model.to(home),
-            [devices[i % len(devices)] for i in range(contender.stages)],
+            places,
             cuts=cuts,
             chunks=contender.chunks,
             schedule=contender.schedule,

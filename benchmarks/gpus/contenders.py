@@ -19,6 +19,7 @@ class Contender:
         schedule: of the pipeline.
         cuda_graphs: whether fxsplit replays its stages.
         transport: of fxsplit.
+        replicas: of the whole model, each on a GPU, in place of stages.
     """
 
     kind: str
@@ -27,6 +28,7 @@ class Contender:
     schedule: str = "gpipe"
     cuda_graphs: bool = True
     transport: str = "in_process"
+    replicas: int = 1
 
     @property
     def processes(self) -> int:
@@ -45,6 +47,8 @@ class Contender:
         graphs = ", graphs" if self.cuda_graphs else ", no graphs"
         over = "" if self.transport == "in_process" else f", {self.transport}"
         schedule = "" if self.schedule == "gpipe" else f", {self.schedule}"
+        if self.replicas > 1:
+            return f"fxsplit, {self.replicas} replicas, {self.chunks} chunks{schedule}{graphs}{over}"
         return f"fxsplit, {self.stages} stages, {self.chunks} chunks{schedule}{graphs}{over}"
 
     def spell(self) -> str:
@@ -65,6 +69,7 @@ class Contender:
 
 
 BASE = (Contender("single"), Contender("ddp"))
+REPLICAS = Contender("fxsplit", stages=1, chunks=2, replicas=2)
 
 CONTENDERS: Mapping[str, Sequence[Contender]] = {
     "mobilenet-64": (
@@ -73,12 +78,14 @@ CONTENDERS: Mapping[str, Sequence[Contender]] = {
         Contender("fxsplit", 4, 2, cuda_graphs=False),
         *(Contender("fxsplit", stages, 2) for stages in (4, 6)),
         *(Contender("fxsplit", stages, chunks, "auto") for stages, chunks in ((4, 2), (6, 2))),
+        REPLICAS,
     ),
     "mobilenet-256": (
         *BASE,
         Contender("torch", chunks=4),
         *(Contender("fxsplit", stages, 4) for stages in (4, 6)),
         Contender("fxsplit", 4, 4, "auto"),
+        REPLICAS,
     ),
     "roberta-32": (
         *BASE,
@@ -86,6 +93,7 @@ CONTENDERS: Mapping[str, Sequence[Contender]] = {
         Contender("fxsplit", 4, 2, cuda_graphs=False),
         *(Contender("fxsplit", stages, 2) for stages in (6, 8)),
         Contender("fxsplit", 6, 2, "auto"),
+        REPLICAS,
     ),
 }
 """By task."""

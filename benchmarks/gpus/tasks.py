@@ -24,6 +24,7 @@ class Task:
         target: labels [batch].
         loss: of the model's output and labels.
         blocks: names of modules at which a stage may begin, in order; the first stage begins before all.
+        first: the module that runs first.
     """
 
     model: nn.Module
@@ -31,6 +32,7 @@ class Task:
     target: Tensor
     loss: Callable[[Any, Tensor], Tensor]
     blocks: tuple[str, ...]
+    first: str
 
 
 def mobilenet(batch: int, size: int = 224) -> Task:
@@ -41,7 +43,7 @@ def mobilenet(batch: int, size: int = 224) -> Task:
     model = torchvision.models.mobilenet_v2(num_classes=10)
     blocks = tuple(f"features.{i}" for i in range(1, len(model.features)))
     x = torch.randn(batch, 3, size, size)
-    return Task(model.train(), {"x": x}, torch.randint(0, 10, (batch,)), F.cross_entropy, blocks)
+    return Task(model.train(), {"x": x}, torch.randint(0, 10, (batch,)), F.cross_entropy, blocks, "features.0")
 
 
 def roberta(batch: int, length: int = 128, layers: int = 12) -> Task:
@@ -53,7 +55,9 @@ def roberta(batch: int, length: int = 128, layers: int = 12) -> Task:
     model = RobertaForSequenceClassification(RobertaConfig(num_labels=2, num_hidden_layers=layers, **sizes))
     blocks = tuple(f"roberta.encoder.layer.{i}" for i in range(1, layers))
     ids = torch.randint(5, 50000, (batch, length))
-    return Task(model.train(), {"input_ids": ids}, torch.randint(0, 2, (batch,)), logits_loss, blocks)
+    return Task(
+        model.train(), {"input_ids": ids}, torch.randint(0, 2, (batch,)), logits_loss, blocks, "roberta.embeddings"
+    )
 
 
 def logits_loss(output: Any, target: Tensor) -> Tensor:

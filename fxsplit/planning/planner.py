@@ -63,7 +63,8 @@ def plan(
         costs: what the model costs, for one batch.
         devices: the device of each stage, the client's first: 'cpu', 'cuda:0', 'worker/cuda:0'.
         cuts: names of the modules at whose first call a new stage begins, one fewer than devices, in any
-            order; None chooses the best (see `fxsplit.planning.predict`).
+            order; before the model's first module the client computes nothing; None chooses the best (see
+            `fxsplit.planning.predict`).
         compressor: what compresses the activations between workers, one for all cuts or a list of one for each;
             None is none; 'auto' chooses for each cut what is fastest of what the guard allows.
         gradient_compressor: what compresses their gradients; 'auto' is what the activations' compressor wants
@@ -269,9 +270,6 @@ def _ordered(costs: CostTable, cuts: Sequence[str], stages: int) -> tuple[str, .
         if not isinstance(name, str) or name not in costs.cut_points:
             allowed = nearest(str(name), costs.cut_points)
             raise PlanError("there is no such module to cut at", found=repr(name), allowed=allowed)
-        if costs.cut_points[name] <= 0:
-            hint = "cut at a module that is called later"
-            raise PlanError("nothing runs before this cut", found=name, hint=hint)
     if len(cuts) != stages - 1:
         allowed = f"{stages - 1} for {stages} devices"
         raise PlanError("the number of cuts does not fit the devices", found=f"{len(cuts)}", allowed=allowed)

@@ -16,7 +16,7 @@ from fxsplit.compressors.inserted import InsertedModules
 from fxsplit.compressors.learned import split_learned
 from fxsplit.compressors.registry import Asked
 from fxsplit.costs import CostTable
-from fxsplit.errors import DeviceError, PipelineError, PlanError
+from fxsplit.errors import PipelineError, PlanError
 from fxsplit.opening import trace_for_planning
 from fxsplit.passes import rewrite
 from fxsplit.planning import Budget, Placement, Plan, check_available, parse_devices
@@ -161,7 +161,6 @@ def compile(
     chosen = find_transport(transport) if listen is None else listening(listen, token, placements, transport)
     if isinstance(chosen, Rpc):
         chosen.gpus = sole_gpus(placements)
-    _check_shared_devices(placements, transport)
     options: dict[str, Any] = {"cuts": cuts, "chunks": chunks, "schedule": schedule, "budget": budget}
     options |= {**asked, "placement": placement, "guard": guard, "profile": profile}
     options["optimizer"] = optimizer
@@ -270,21 +269,6 @@ def _check_running(options: StageOptions, model: nn.Module, here: Iterable[Place
         check_compilers([torch.device(placement.device) for placement in single_placements(here)], "this host")
     if options.deferred_batch_norm:
         check_batch_norms(model)
-
-
-def _check_shared_devices(placements: Sequence[Placement], transport: str) -> None:
-    """Refuses what would stand still for ever: autograd has one thread a process for each CUDA device."""
-    client = placements[0]
-    device = torch.device(client.device)
-    others = [p for p in single_placements(placements) if not p.is_client and p.device_type == "cuda"]
-    same = [p.spelling for p in others if (torch.device(p.device).index or 0) == (device.index or 0)]
-    if transport == "in_process" and device.type == "cuda" and same:
-        raise DeviceError(
-            "the client and another in-process worker are on the same CUDA device",
-            found=f"{client.spelling} and {same[0]}",
-            allowed="different devices, or the transport 'rpc'",
-            hint="the client's backward would wait for the worker's, which needs the same thread of autograd",
-        )
 
 
 def _check_plan(plan: Plan, costs: CostTable, devices: Sequence[str]) -> None:

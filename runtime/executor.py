@@ -110,6 +110,13 @@ class Executor:
             with self._holding.batch_norms.collecting(action.stage, action.micro_batch):
                 self._forward(action)
             return
+        # In this thread. Autograd has one for each GPU, which would have to be woken, and in which the client
+        # may be waiting for this one.
+        with torch.autograd.set_multithreading_enabled(False):
+            self._go_back(action)
+
+    def _go_back(self, action: Action) -> None:
+        """A backward, or a part of one."""
         if action.work is Work.WEIGHT:
             saved = self._run.saved.pop((action.stage, action.micro_batch))
             with self._report.timing(action.work, action, self._traffic.device(action)):

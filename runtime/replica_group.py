@@ -90,11 +90,13 @@ class ReplicaGroup:
     Attributes:
         names: of the replicas.
         rank: of this one.
+        is_within_process: whether all are in one process.
     """
 
     def __init__(self, endpoint: Endpoint, worker: str) -> None:
         self.names = replicas_of(worker)
         self.rank = self.names.index(endpoint.name)
+        self.is_within_process = endpoint.is_immediate
         self._endpoint = endpoint
         self._peers = tuple(name for name in self.names if name != endpoint.name)
         self._worker = worker
@@ -102,7 +104,7 @@ class ReplicaGroup:
         self._store: PacketStore | None = None  # torch's own reference does not keep a store of Python's alive
         self._is_on_gpus = False
         self._device = CPU  # on which its sums are made
-        self._queued: list[Any] = []
+        self._last: Any = None  # that is queued
 
     def sum(self, tensor: Tensor, run: int, check: Check) -> None:
         """Replaces a tensor by its sum over all replicas, with the same bits on each.
@@ -129,7 +131,7 @@ class ReplicaGroup:
             work = self._group.allreduce([own], options)
             if self._is_on_gpus:
                 work.wait()  # the stream waits, not the host
-                self._queued.append(work)
+                self._last = work
             else:
                 _await(work, check)
         except RuntimeError as error:
@@ -138,20 +140,12 @@ class ReplicaGroup:
             plain.copy_(own)
 
     def finish(self, run: int, check: Check) -> None:
-        """Waits for the sums that are queued, if a peer may die before it has done its part.
-
-        A GPU waits for its peers for ever. Those of one process end together; those of other processes are waited
-        for here, where it is noticed that one is gone.
-        """
-        queued, self._queued = self._queued, []
-        if self._endpoint.is_immediate:
-            return
+        """Waits for the sums that are queued; the arguments and errors are those of `sum`."""
         check = self._until_given_up(run, check)
         try:
-            for work in queued:
-                while not work.is_completed():
-                    check()
-                    time.sleep(_POLL_S)
+            while self._last is not None and not self._last.is_completed():
+                check()
+                time.sleep(_POLL_S)
         except RuntimeError as error:
             self._explain(error, check)
 
@@ -175,7 +169,7 @@ class ReplicaGroup:
         Its end waits for what is under way, which ends when all members have dropped it; that is not waited for.
         """
         group, self._group = self._group, None
-        self._queued = []
+        self._last = None
         if group is not None:
             threading.Thread(target=_end, args=(group,), name="fxsplit replicas", daemon=True).start()
 

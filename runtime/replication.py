@@ -81,6 +81,8 @@ class Replication:
             for bucket in _buckets(self._parameters()):
                 flat = _flattened(bucket)
                 self._group.sum(flat, run, check)
+                if any(parameter.grad is None for parameter in bucket):  # it is looked at where there are others
+                    self._group.finish(run, check)
                 _put_back(flat, bucket)
                 self._count(flat.nbytes, report)
 
@@ -102,8 +104,13 @@ class Replication:
         return torch.cat(known), together
 
     def finish(self, run: int, check: Check) -> None:
-        """Returns when what is above is done, or is sure to be."""
-        self._group.finish(run, check)
+        """Returns when what is above is done, or is sure to be.
+
+        A GPU waits for its peers for ever. Those of one process give up together; those of other processes are
+        waited for here, where it is noticed that one is gone.
+        """
+        if not self._group.is_within_process:
+            self._group.finish(run, check)
 
     def give_up(self) -> None:
         """A run was given up: the next one begins with a process group of its own."""

@@ -101,3 +101,20 @@ def test_codecs_on_the_gpu_give_the_cpus_numbers(codec: str) -> None:
     x = torch.randn(4, 32, 28, 28)
     on_gpu, on_cpu = compressor.encode(x.cuda()), compressor.encode(x)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(on_gpu, on_cpu, strict=True))
+
+
+@pytest.mark.parametrize("server", ["a/cuda:0", "a/cuda:0+b/cuda:0"])
+def test_a_client_and_workers_on_one_gpu_in_one_process(server: str) -> None:
+    """The client's backward waits for theirs, in the only thread that autograd has for the GPU."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).cuda()
+    reference, x = copy.deepcopy(model), torch.randn(4, 6, device="cuda:0")
+    options: dict[str, Any] = {"cuts": ["2"], "chunks": 2, "transport": "in_process", "verify": False}
+    with fxsplit.compile(model, ["cuda:0", server], **options) as pipe:
+        for _ in range(2):
+            pipe(x).square().sum().backward()
+            reference(x).square().sum().backward()
+        found = pipe.gradients()
+        for name, parameter in reference.named_parameters():
+            assert parameter.grad is not None
+            torch.testing.assert_close(found[name].cpu(), parameter.grad.cpu(), rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -49,14 +50,6 @@ class Caught:
         return torch.cat(self.numbers) if self.numbers else None
 
 
-class Seen(NamedTuple):
-    """A call, and the mean and unbiased variance [C] of what the layer saw."""
-
-    call: Call
-    mean: Tensor
-    variance: Tensor
-
-
 class DeferredBatchNorm:
     """The batch norm layers of some stages: collects what they see, and updates them when told to.
 
@@ -83,6 +76,7 @@ class DeferredBatchNorm:
         self._by_batch = by_batch
         self._collected: list[tuple[list[Call], Tensor]] = []
         self._caught: Caught | None = None
+        self._planned: tuple[list[Call], list[_Update]] | None = None
         for number, layer in enumerate(self.layers):
             setattr(layer, "forward", functools.partial(self._forward, number, layer.forward))  # noqa: B010
 
@@ -123,27 +117,18 @@ class DeferredBatchNorm:
         """
         collected, self._collected = self._collected, []
         calls = [call for some, _ in collected for call in some]
-        numbers = [each for _, each in collected]
+        like = next((layer.running_mean for layer in self.layers if layer.running_mean is not None), None)
+        if like is None:
+            return
+        numbers = _one([each for _, each in collected], like)
         if share is not None:
-            like = next((layer.running_mean for layer in self.layers if layer.running_mean is not None), None)
-            if like is None:
-                return
-            shared, together = share(
-                torch.tensor(calls, dtype=torch.int64).view(-1, len(Call._fields)), _one(numbers, like)
-            )
-            calls, numbers = [Call(*row) for row in shared.tolist()], [together]
-        parts: defaultdict[tuple[int, ...], list[Seen]] = defaultdict(list)
-        for seen in sorted(_taken_apart(calls, numbers), key=lambda seen: seen.call[1::-1]):
-            first = 0 if self._by_batch else seen.call.micro_batch
-            parts[first, seen.call.stage, seen.call.call, seen.call.layer].append(seen)
-        turns: defaultdict[int, list[tuple[_BatchNorm, Seen]]] = defaultdict(list)
-        counts: Counter[int] = Counter()
-        for key in sorted(parts):  # the first update of each layer, then the second of each, ...
-            layer = key[-1]
-            turns[counts[layer]].append((self.layers[layer], _merge(parts[key])))
-            counts[layer] += 1
-        for updates in turns.values():
-            _update(updates)
+            rows = torch.tensor(calls, dtype=torch.int64).view(-1, len(Call._fields))
+            rows, numbers = share(rows, numbers)
+            calls = [Call(*row) for row in rows.tolist()]
+        if self._planned is None or self._planned[0] != calls:  # most often they are those of the last time
+            self._planned = calls, _planned(calls, self.layers, self._by_batch, numbers.device)
+        for update in self._planned[1]:
+            update.make(numbers)
 
     def _forward(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         layer = self.layers[number]
@@ -186,18 +171,6 @@ def _one(numbers: Sequence[Tensor], like: Tensor) -> Tensor:
     )
 
 
-def _taken_apart(calls: Sequence[Call], numbers: Sequence[Tensor]) -> Iterator[Seen]:
-    """The numbers of each call; those of the calls of a micro-batch, or of all, are in one tensor."""
-    left = iter(calls)
-    for together in numbers:
-        these, count = [], 0
-        while count < together.numel():
-            these.append(next(left))
-            count += 2 * these[-1].channels
-        halves = iter(together.split([call.channels for call in these for _ in range(2)]))
-        yield from (Seen(call, next(halves), next(halves)) for call in these)
-
-
 @contextmanager
 def _empty_statistics(layer: _BatchNorm) -> Iterator[None]:
     """Within, the layer has running statistics that are empty, and its next forward fills them with its own.
@@ -215,39 +188,90 @@ def _empty_statistics(layer: _BatchNorm) -> Iterator[None]:
         layer._buffers.update(kept)
 
 
-def _merge(parts: Sequence[Seen]) -> Seen:
-    """Of all parts together, in double precision (Chan, Golub and LeVeque)."""
-    if len(parts) == 1:
-        return parts[0]
-    means = torch.stack([part.mean for part in parts]).double()  # [parts, C]
-    variances = torch.stack([part.variance for part in parts]).double()
-    counts = [part.call.size for part in parts]
-    sizes = torch.tensor(counts, dtype=torch.float64).view(-1, 1).to(means.device)
-    mean = (sizes * means).sum(0) / sum(counts)
-    squares = (sizes - 1.0).clamp(min=0.0) * variances + sizes * (means - mean).square()
-    return Seen(parts[0].call._replace(size=sum(counts)), mean, squares.sum(0) / (sum(counts) - 1.0))
+def _planned(
+    calls: Sequence[Call], layers: Sequence[_BatchNorm], by_batch: bool, device: torch.device
+) -> list[_Update]:
+    """The updates that calls make, in their order: the first of each layer, then the second of each, ..."""
+    ends = list(accumulate(2 * call.channels for call in calls))
+    parts: defaultdict[tuple[int, ...], list[tuple[Call, int]]] = defaultdict(list)
+    for call, end in sorted(zip(calls, ends, strict=True), key=lambda pair: pair[0][1::-1]):
+        first = 0 if by_batch else call.micro_batch
+        parts[call.layer, first, call.stage, call.call].append((call, end - 2 * call.channels))
+    turns: Counter[int] = Counter()
+    alike: defaultdict[tuple[Any, ...], list[tuple[_BatchNorm, list[tuple[Call, int]]]]] = defaultdict(list)
+    for key in sorted(parts):
+        layer, some = layers[key[0]], parts[key]
+        assert layer.running_mean is not None, "layers without running statistics collect nothing"
+        own = layer.momentum if layer.momentum is not None else key[0]
+        kind = layer.momentum is None, own, layer.running_mean.device, layer.running_mean.dtype
+        is_empty = not any(call.size for call, _ in some)
+        alike[turns[key[0]], len(some), is_empty, *kind].append((layer, some))
+        turns[key[0]] += 1
+    return [_Update.of(pairs, device) for _, pairs in sorted(alike.items(), key=lambda item: item[0][0])]
 
 
-def _update(updates: Sequence[tuple[_BatchNorm, Seen]]) -> None:
-    """What `torch.nn.BatchNorm2d` does after a forward, for different layers at once: few kernels for all."""
-    tracked = [layer.num_batches_tracked for layer, _ in updates if layer.num_batches_tracked is not None]
-    if tracked:
-        torch._foreach_add_(tracked, 1)
-    alike: defaultdict[Any, list[tuple[_BatchNorm, Seen]]] = defaultdict(list)
-    for layer, seen in updates:
-        if seen.call.size:  # an empty batch counts and changes nothing, as in torch
-            assert layer.running_mean is not None, "layers without running statistics collect nothing"
-            own = layer.momentum if layer.momentum is not None else layer
-            alike[own, layer.running_mean.device, layer.running_mean.dtype].append((layer, seen))
-    for (own, _, dtype), some in alike.items():
-        halves = [half for layer, _ in some for half in (layer.running_mean, layer.running_var)]
+@dataclass(frozen=True)
+class _Update:
+    """One update of each of some layers, each of as many parts: few kernels for all.
+
+    Attributes:
+        layers: of one momentum, device and dtype; without momentum it is one.
+        means: int64 [parts, C of all layers]: where they are among the numbers.
+        variances: the same.
+        sizes: float64 [parts, C of all layers].
+        is_empty: whether no part has any values: it counts and changes nothing, as in torch.
+    """
+
+    layers: tuple[_BatchNorm, ...]
+    means: Tensor
+    variances: Tensor
+    sizes: Tensor
+    is_empty: bool
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[_BatchNorm, list[tuple[Call, int]]]], device: torch.device) -> _Update:
+        """Of layers, each with its parts and their places."""
+        columns = list(zip(*(some for _, some in pairs), strict=True))  # by part
+        channels = [torch.arange(some[0][0].channels) for _, some in pairs]
+        means = torch.stack(
+            [torch.cat([at + own for (_, at), own in zip(row, channels, strict=True)]) for row in columns]
+        )
+        widths = torch.cat([torch.full_like(own, len(own)) for own in channels])
+        sizes = [[call.size for call, _ in row for _ in range(call.channels)] for row in columns]
+        return cls(
+            tuple(layer for layer, _ in pairs),
+            means.to(device),
+            (means + widths).to(device),
+            torch.tensor(sizes, dtype=torch.float64).to(device),
+            not any(call.size for _, some in pairs for call, _ in some),
+        )
+
+    def make(self, numbers: Tensor) -> None:
+        """What `torch.nn.BatchNorm2d` does after a forward."""
+        tracked = [layer.num_batches_tracked for layer in self.layers if layer.num_batches_tracked is not None]
+        if tracked:
+            torch._foreach_add_(tracked, 1)
+        if self.is_empty:
+            return
+        seen = torch.cat(self._merged(numbers[self.means].double(), numbers[self.variances].double()))
+        halves = [*(layer.running_mean for layer in self.layers), *(layer.running_var for layer in self.layers)]
         running = [half for half in halves if half is not None]
-        values = torch.cat([half for _, seen in some for half in (seen.mean, seen.variance)]).double()
-        factor = _mean_factor(own) if isinstance(own, _BatchNorm) else own
-        after = (1.0 - factor) * torch.cat(running).double() + factor * values.to(running[0].device)
-        torch._foreach_copy_(running, list(after.to(dtype).split([half.numel() for half in running])))
+        factor = self._factor()
+        after = (1.0 - factor) * torch.cat(running).double() + factor * seen.to(running[0].device)
+        torch._foreach_copy_(running, list(after.to(running[0].dtype).split([half.numel() for half in running])))
 
+    def _merged(self, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and unbiased variance of all parts together (Chan, Golub and LeVeque)."""
+        if len(means) == 1:
+            return means[0], variances[0]
+        total = self.sizes.sum(0)
+        mean = (self.sizes * means).sum(0) / total
+        squares = (self.sizes - 1.0).clamp(min=0.0) * variances + self.sizes * (means - mean).square()
+        return mean, squares.sum(0) / (total - 1.0)
 
-def _mean_factor(layer: _BatchNorm) -> Tensor | float:
-    """What makes the running statistics the mean over all batches."""
-    return 1.0 / layer.num_batches_tracked.double() if layer.num_batches_tracked is not None else 0.0
+    def _factor(self) -> Tensor | float:
+        first = self.layers[0]
+        if first.momentum is not None:
+            return first.momentum
+        # The mean over all batches.
+        return 1.0 / first.num_batches_tracked.double() if first.num_batches_tracked is not None else 0.0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch import nn
 
 from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
 from fxsplit.runtime.graphs import StageGraphs
@@ -43,3 +44,8 @@ class Holding:
     def buffer_memory(self) -> frozenset[int]:
         """The memory of the buffers, which every micro-batch may change in place."""
         return frozenset(memory_of(buffer for stage in self.stages.values() for buffer in stage.buffers()))
+
+    @cached_property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Of all stages; they stay the same objects."""
+        return tuple(dict.fromkeys(p for stage in self.stages.values() for p in stage.parameters()))

@@ -9,7 +9,7 @@ end the sum of all replaces each: the sum over all micro-batches, as of one work
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,12 @@ class Replication:
 
     def __init__(self, endpoint: Endpoint, worker: str, stages: Mapping[int, StageModule]) -> None:
         self._group = ReplicaGroup(endpoint, worker)
-        self._stages = stages
         self._name = endpoint.name
-        self._device = next((p.device for stage in stages.values() for p in stage.parameters()), CPU)
+        self._first_stage = min(stages)
+        # In the same order on all replicas.
+        held = dict.fromkeys(p for _, stage in sorted(stages.items()) for p in stage.parameters())
+        self._held, self._buckets = tuple(held), list[Bucket]()
+        self._device = self._held[0].device if self._held else CPU
 
     @classmethod
     def of(
@@ -77,13 +80,13 @@ class Replication:
             PipelineError: a gradient is sparse; or the run was given up.
             WorkerError: the replicas cannot reach each other.
         """
-        with report.timing("reduce", Action(min(self._stages), self._group.rank), self._device):
-            for bucket in _buckets(self._parameters()):
-                flat = _flattened(bucket)
+        with report.timing("reduce", Action(self._first_stage, self._group.rank), self._device):
+            for bucket in self._bucketed():
+                flat = bucket.filled()
                 self._group.sum(flat, run, check)
-                if any(parameter.grad is None for parameter in bucket):  # it is looked at where there are others
-                    self._group.finish(run, check)
-                _put_back(flat, bucket)
+                if any(parameter.grad is None for parameter in bucket.parameters):
+                    self._group.finish(run, check)  # before the others' flags are looked at
+                bucket.put_back()
                 self._count(flat.nbytes, report)
 
     def share(self, rows: Tensor, numbers: Tensor, run: int, check: Check) -> tuple[Tensor, Tensor]:
@@ -116,10 +119,17 @@ class Replication:
         """A run was given up: the next one begins with a process group of its own."""
         self._group.drop()
 
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        """Those that are trained, in the same order on all replicas."""
-        held = dict.fromkeys(p for _, stage in sorted(self._stages.items()) for p in stage.parameters())
-        return (parameter for parameter in held if parameter.requires_grad)
+    def _parameters(self) -> list[nn.Parameter]:
+        """Those that are trained."""
+        return [parameter for parameter in self._held if parameter.requires_grad]
+
+    def _bucketed(self) -> list[Bucket]:
+        """Their gradients, to be summed piece by piece."""
+        trained = self._parameters()
+        if [p for bucket in self._buckets for p in bucket.parameters] != trained:
+            is_kept = sum(parameter.nbytes for parameter in trained) <= Bucket.KEPT_BYTES
+            self._buckets = [Bucket(some, is_kept) for some in _in_buckets(trained)]
+        return self._buckets
 
     def _count(self, nbytes: int, report: RunReport) -> None:
         """Of a ring all-reduce each member sends its neighbour so much."""
@@ -161,7 +171,7 @@ def digest_of(stages: Mapping[int, nn.Module]) -> str:
     return found.hexdigest()
 
 
-def _buckets(parameters: Iterator[nn.Parameter]) -> list[list[nn.Parameter]]:
+def _in_buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Parameters of one device and dtype together, as many as fill a bucket."""
     buckets: list[list[nn.Parameter]] = []
     open_ones: dict[tuple[torch.device, torch.dtype], tuple[list[nn.Parameter], int]] = {}
@@ -176,47 +186,70 @@ def _buckets(parameters: Iterator[nn.Parameter]) -> list[list[nn.Parameter]]:
     return buckets
 
 
-@torch.no_grad()
-def _flattened(bucket: Sequence[nn.Parameter]) -> Tensor:
-    """The gradients one after another, zero where there is none, and behind them a one for each that there is."""
-    sizes = [parameter.numel() for parameter in bucket]
-    flat = bucket[0].new_empty(sum(sizes) + len(bucket))
-    flags = flat[sum(sizes) :].fill_(1.0)
-    places, gradients = [], []
-    for index, (parameter, place) in enumerate(zip(bucket, flat.split([*sizes, len(bucket)]), strict=False)):
-        if (gradient := parameter.grad) is None:
-            place.zero_()
-            flags[index] = 0.0
-            continue
-        if gradient.layout is not torch.strided:
-            raise PipelineError(
-                "a parameter of a replicated stage has a sparse gradient",
-                found=f"{gradient.layout}, of a parameter of shape {list(parameter.shape)}",
-                allowed="dense gradients",
-                hint="nn.Embedding(..., sparse=False), or a stage without replicas",
-            )
-        places.append(place.view(parameter.shape))
-        gradients.append(gradient)
-    if places:
-        torch._foreach_copy_(places, gradients)
-    return flat
+class Bucket:
+    """Some gradients one after another, and behind them a one for each that there is.
 
+    Args:
+        parameters: whose; of one device and dtype.
+        is_kept: whether its memory is kept from step to step.
 
-@torch.no_grad()
-def _put_back(flat: Tensor, bucket: Sequence[nn.Parameter]) -> None:
-    """The sums become the gradients of those parameters that have one on some replica."""
-    sizes = [parameter.numel() for parameter in bucket]
-    if any(parameter.grad is None for parameter in bucket):
-        present = (flat[sum(sizes) :].real.cpu() > 0).tolist()
-    else:  # as nearly always: nobody has to wait for a GPU
-        present = [True] * len(bucket)
-    places, gradients = [], []
-    for parameter, place, is_there in zip(bucket, flat.split([*sizes, len(bucket)]), present, strict=False):
-        if not is_there:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter)
-        places.append(place.view(parameter.shape))
-        gradients.append(parameter.grad)
-    if gradients:
-        torch._foreach_copy_(gradients, places)
+    Attributes:
+        parameters: the same.
+    """
+
+    KEPT_BYTES = 64 << 20
+    """Of all buckets together."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], is_kept: bool) -> None:
+        self.parameters = list(parameters)
+        self._is_kept = is_kept
+        self._flat: Tensor | None = None
+
+    @torch.no_grad()
+    def filled(self) -> Tensor:
+        """With the gradients of now, zero where there is none.
+
+        Raises:
+            PipelineError: one is sparse.
+        """
+        if self._flat is None:
+            sizes = [parameter.numel() for parameter in self.parameters]
+            self._flat = self.parameters[0].new_empty(sum(sizes) + len(sizes))
+            *places, self._flags = self._flat.split([*sizes, len(sizes)])
+            self._places = [at.view(p.shape) for at, p in zip(places, self.parameters, strict=True)]
+        self._flags.fill_(1.0)
+        there = []
+        for index, (parameter, place) in enumerate(zip(self.parameters, self._places, strict=True)):
+            if (gradient := parameter.grad) is None:
+                place.zero_()
+                self._flags[index] = 0.0
+                continue
+            if gradient.layout is not torch.strided:
+                raise PipelineError(
+                    "a parameter of a replicated stage has a sparse gradient",
+                    found=f"{gradient.layout}, of a parameter of shape {list(parameter.shape)}",
+                    allowed="dense gradients",
+                    hint="nn.Embedding(..., sparse=False), or a stage without replicas",
+                )
+            there.append((place, gradient))
+        if there:
+            torch._foreach_copy_([place for place, _ in there], [gradient for _, gradient in there])
+        return self._flat
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """What is in it now becomes the gradients of those parameters that have one on some replica."""
+        present = [True] * len(self.parameters)
+        if any(parameter.grad is None for parameter in self.parameters):  # else nobody has to wait for a GPU
+            present = (self._flags.real.cpu() > 0).tolist()
+        there = []
+        for parameter, place, is_there in zip(self.parameters, self._places, present, strict=True):
+            if is_there:
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+                there.append((parameter.grad, place))
+        if there:
+            torch._foreach_copy_([gradient for gradient, _ in there], [place for _, place in there])
+        if not self._is_kept:
+            self._flat, self._places = None, []
+            del self._flags

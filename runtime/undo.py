@@ -74,7 +74,7 @@ class Undo:
         cls,
         number: int,
         stages: Iterable[nn.Module],
-        with_gradients: bool,
+        parameters: Sequence[nn.Parameter],
         with_host: bool,
         copied: Copies | None = None,
     ) -> Undo:
@@ -83,12 +83,10 @@ class Undo:
         Args:
             number: of the run.
             stages: that it may change.
-            with_gradients: whether it may change gradients, too.
+            parameters: whose gradients it may change, too.
             with_host: whether it may draw random numbers of Python and numpy.
             copied: where buffers are copied; None: they are not.
         """
-        stages = list(stages)
-        parameters = [p for stage in stages for p in stage.parameters()] if with_gradients else []
         buffers = [buffer for stage in stages for buffer in stage.buffers()] if copied is not None else []
         copies = iter(Copies().of([p.grad for p in parameters if p.grad is not None]))
         return cls(
@@ -99,9 +97,9 @@ class Undo:
         )
 
     @classmethod
-    def of_backward(cls, number: int, stages: Iterable[nn.Module], before: Undo) -> Undo:
+    def of_backward(cls, number: int, parameters: Sequence[nn.Parameter], before: Undo) -> Undo:
         """What `before`, of the same run's forward, has copied, and the gradients."""
-        gradients = cls.of(number, stages, True, False).gradients
+        gradients = cls.of(number, (), parameters, False).gradients
         known = before if before.number == number else cls(number)
         return cls(number, known.buffers, gradients, known.host)
 

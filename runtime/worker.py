@@ -274,7 +274,7 @@ class Worker:
         if self._replication is None or not any(action.sends_gradients for action in actions):
             return
         if not is_step:
-            self._undo = Undo.of_backward(number, self._holding.stages.values(), self._undo)
+            self._undo = Undo.of_backward(number, self._holding.parameters, self._undo)
         self._replication.begin_backward()
 
     def _finish_replication(self, number: int, actions: Sequence[Action], mode: Mode, report: RunReport) -> None:
@@ -300,7 +300,8 @@ class Worker:
             self._holding.batch_norms.clear()
             undoable = is_step or mode in self._guarded or self._holding.batch_norms.layers
             stages = self._holding.stages.values()
-            what = is_step, self._is_process, self._copies
+            changed = self._holding.parameters if is_step else ()
+            what = changed, self._is_process, self._copies
             self._undo = Undo.of(number, stages, *what) if undoable else Undo(number)
         return self._runs[number]
 

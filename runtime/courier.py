@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_all
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,34 +165,42 @@ class Courier:
                 return
             packet = slot.result()
             is_there = all(tensor.device.type == device.type for tensor in packet.payload)
-            is_quick = is_plain and is_there and (device.type == "cpu" or packet.marks)
-            if is_quick:
+            if is_plain and is_there and device.type == "cuda" and packet.marks:
+                # Between GPUs what is there is queued, not done. It is copied when it is taken: a GPU has fewer
+                # queues than there are streams, and a copy that waits may hold up what is queued on others later.
+                value.set_result(partial(opened, packet))
+            elif is_plain and is_there and device.type == "cpu":
                 open_it(packet)
             elif not _submit(self._receiver, open_it, packet):
                 value.cancel()
 
-        def open_it(packet: Packet) -> None:
+        def opened(packet: Packet) -> tuple[Any, Marks]:
             clock = CPU if is_plain else device  # a copy alone is not measured: its events take longer to queue
+            with self._decoding.current([device]), torch.no_grad():
+                wait_on(clock, packet.marks)
+                start = moment(clock)
+                decoded = decode(packet)
+                marks: Marks = mark(decoded)
+                end = moment(clock)
+            with self._lock:
+                report.decoded(key, packet, start, end)
+            return decoded, marks
+
+        def open_it(packet: Packet) -> None:
             try:
-                with self._decoding.current([device]), torch.no_grad():
-                    wait_on(clock, packet.marks)
-                    start = moment(clock)
-                    decoded = decode(packet)
-                    marks: Marks = mark(decoded)
-                    end = moment(clock)
+                found = opened(packet)
             except BaseException as error:
                 value.set_exception(error)
             else:
-                with self._lock:
-                    report.decoded(key, packet, start, end)
-                value.set_result((decoded, marks))
+                value.set_result(found)
 
         self._endpoint.mailbox.receive(key).add_done_callback(arrived)
 
     def take(self, key: Key, check: Callable[[], None]) -> Any:
         """What `decode` made of an announced packet, for the current stream; the host waits until it is queued."""
         value = self._expected[key]
-        result, marks = wait(value, check)
+        found = wait(value, check)
+        result, marks = found() if callable(found) else found
         wait_for(marks, result)
         del self._expected[key]
         self._endpoint.mailbox.forget(key)

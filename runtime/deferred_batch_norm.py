@@ -108,23 +108,30 @@ class DeferredBatchNorm:
             self._caught.calls += calls
             self._caught.numbers.append(numbers)
 
-    @torch.no_grad()
-    def commit(self, share: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> None:
-        """Updates the running statistics with all that was collected.
+    def commit(self) -> None:
+        """Updates the running statistics with all that was collected."""
+        if (collected := self.collected()) is not None:
+            self.update(*collected)
 
-        Args:
-            share: gives calls [calls, 6] and numbers to the other replicas, and returns those of all together.
+    @torch.no_grad()
+    def collected(self) -> tuple[list[Call], Tensor] | None:
+        """What was collected, which is forgotten; None if no layer has running statistics.
+
+        Returns:
+            Calls, and their means and variances one after another, with at least the precision of float32.
         """
         collected, self._collected = self._collected, []
-        calls = [call for some, _ in collected for call in some]
         like = next((layer.running_mean for layer in self.layers if layer.running_mean is not None), None)
         if like is None:
-            return
-        numbers = _one([each for _, each in collected], like)
-        if share is not None:
-            rows = torch.tensor(calls, dtype=torch.int64).view(-1, len(Call._fields))
-            rows, numbers = share(rows, numbers)
-            calls = [Call(*row) for row in rows.tolist()]
+            return None
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        numbers = [each.to(like.device, dtype) for _, each in collected]
+        together = torch.cat(numbers) if numbers else like.new_empty(0, dtype=dtype)
+        return [call for some, _ in collected for call in some], together
+
+    @torch.no_grad()
+    def update(self, calls: list[Call], numbers: Tensor) -> None:
+        """Updates the running statistics with what these calls saw."""
         if self._planned is None or self._planned[0] != calls:  # most often they are those of the last time
             self._planned = calls, _planned(calls, self.layers, self._by_batch, numbers.device)
         for update in self._planned[1]:
@@ -161,14 +168,6 @@ def check_batch_norms(model: nn.Module) -> None:
             allowed="BatchNorm1d, BatchNorm2d, BatchNorm3d",
             hint="put BatchNorm layers in their place, or leave deferred_batch_norm out",
         )
-
-
-def _one(numbers: Sequence[Tensor], like: Tensor) -> Tensor:
-    """One tensor of all numbers, with at least the precision of float32: of one dtype on all replicas."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return (
-        torch.cat([each.to(like.device, dtype) for each in numbers]) if numbers else like.new_empty(0, dtype=dtype)
-    )
 
 
 @contextmanager

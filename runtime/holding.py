@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
 from fxsplit.runtime.graphs import StageGraphs
@@ -43,9 +43,19 @@ class Holding:
     @cached_property
     def buffer_memory(self) -> frozenset[int]:
         """The memory of the buffers, which every micro-batch may change in place."""
-        return frozenset(memory_of(buffer for stage in self.stages.values() for buffer in stage.buffers()))
+        return frozenset(memory_of(self.buffers()))
 
     @cached_property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """Of all stages; they stay the same objects."""
         return tuple(dict.fromkeys(p for stage in self.stages.values() for p in stage.parameters()))
+
+    def buffers(self) -> list[Tensor]:
+        """Of all stages, as they are now."""
+        return [buffer for owned in self._owned for buffer in owned.values() if buffer is not None]
+
+    @cached_property
+    def _owned(self) -> list[dict[str, Tensor | None]]:
+        """Of each module that has buffers; the modules stay."""
+        modules = dict.fromkeys(module for stage in self.stages.values() for module in stage.modules())
+        return [module._buffers for module in modules if module._buffers]

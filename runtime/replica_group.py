@@ -11,7 +11,7 @@ import datetime
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch._C._distributed_c10d import AllreduceOptions, ProcessGroupGloo, Store
 from fxsplit.errors import WorkerError
 from fxsplit.runtime.packet import Key, Packet
 from fxsplit.runtime.stopwatch import CPU
+from fxsplit.runtime.streams import Marks, Streams, mark, wait_for
 from fxsplit.runtime.transport import Endpoint, wait, wait_done
 from fxsplit.schedules.replicas import replicas_of
 from fxsplit.stage import CLIENT
@@ -105,43 +106,66 @@ class ReplicaGroup:
         self._is_on_gpus = False
         self._device = CPU  # on which its sums are made
         self._last: Any = None  # that is queued
+        self._turn = 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._streams = Streams()
 
-    def sum(self, tensor: Tensor, run: int, check: Check) -> None:
-        """Replaces a tensor by its sum over all replicas, with the same bits on each.
+    def sum(self, tensor: Tensor, run: int, check: Check) -> Future[Marks]:
+        """Replaces a tensor by its sum over all replicas, with the same bits on each, in a thread of the group's.
 
-        Between GPUs that is queued on the tensor's current stream, and done when `finish` returns.
+        The connections are made there, too, for which all replicas are waited for; the caller may be the thread of
+        several replicas.
 
         Args:
             tensor: contiguous, floating point or complex; of the same shape, dtype and kind of device on all.
-            run: under way; when it is given up, this raises.
+            run: under way; when it is given up, this fails.
             check: raises if waiting makes no more sense.
 
-        Raises:
-            PipelineError: the run was given up.
-            WorkerError: the replicas cannot reach each other.
+        Returns:
+            Done when the sum is made, or on GPUs queued; then what to wait for before the tensor is read. It fails
+            with a PipelineError if the run was given up, a WorkerError if replicas cannot reach each other.
         """
-        check = self._until_given_up(run, check)
         plain = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-        if self._group is None:
-            self._group = self._formed(run, plain.device, check)
-        own = plain if plain.device.type == self._device.type else plain.to(self._device)
-        options = AllreduceOptions()
-        options.timeout = _NEVER
-        try:
-            work = self._group.allreduce([own], options)
-            if self._is_on_gpus:
-                work.wait()  # the stream waits, not the host
-                self._last = work
-            else:
-                _await(work, check)
-        except RuntimeError as error:
-            self._explain(error, check)
-        if own is not plain:
-            plain.copy_(own)
+        return self._work().submit(self._sum, plain, mark(plain), run, self._until_given_up(run, check))
 
-    def finish(self, run: int, check: Check) -> None:
-        """Waits for the sums that are queued; the arguments and errors are those of `sum`."""
-        check = self._until_given_up(run, check)
+    def _sum(self, tensor: Tensor, marks: Marks, run: int, check: Check) -> Marks:
+        with self._streams.current([tensor.device]), torch.no_grad():
+            wait_for(marks, tensor)
+            if self._group is None:
+                self._group = self._formed(run, tensor.device, check)
+            if self.is_within_process:
+                self._meet(run, check)
+            own = tensor if tensor.device.type == self._device.type else tensor.to(self._device)
+            options = AllreduceOptions()
+            options.timeout = _NEVER
+            try:
+                work = self._group.allreduce([own], options)
+                if self._is_on_gpus:
+                    work.wait()  # the stream waits, not the host
+                    self._last = work
+                else:
+                    _await(work, check)
+            except RuntimeError as error:
+                self._explain(error, check)
+            if own is not tensor:
+                tensor.copy_(own)
+            return mark(tensor)
+
+    def _meet(self, run: int, check: Check) -> None:
+        """Returns when all replicas are here: until then nobody's GPU waits for another's.
+
+        One thread may queue the work of all of them, and must not wait for a GPU that waits for its next work.
+        """
+        self._turn += 1
+        slots = self.exchange(f"turn {self._turn}", torch.empty(0), run)
+        for slot in slots.values():
+            wait(slot, check)
+
+    def finish(self, run: int, check: Check) -> Future[None]:
+        """Done when the sums are that were asked for; the arguments and errors are those of `sum`."""
+        return self._work().submit(self._finish, self._until_given_up(run, check))
+
+    def _finish(self, check: Check) -> None:
         try:
             while self._last is not None and not self._last.is_completed():
                 check()
@@ -149,19 +173,15 @@ class ReplicaGroup:
         except RuntimeError as error:
             self._explain(error, check)
 
-    def gather(self, what: str, tensors: list[Tensor], run: int, check: Check) -> list[list[Tensor]]:
-        """The tensors that each replica has, in their order; on the CPU, of any number and size."""
-        check = self._until_given_up(run, check)
+    def exchange(self, what: str, tensor: Tensor, run: int) -> dict[str, Future[Packet]]:
+        """Gives a tensor on the CPU to all replicas, and returns what comes from each, this one included."""
         mailbox = self._endpoint.mailbox
         keys = {name: Key(run, f"{what} of {name}", CLIENT, CLIENT, 0, False) for name in self.names}
+        own = self._endpoint.name
         for peer in self._peers:
-            self._endpoint.send(peer, keys[self._endpoint.name], Packet(tuple(tensors)))
-        found = {self._endpoint.name: tensors}
-        for peer in self._peers:
-            packet: Packet = wait(mailbox.receive(keys[peer]), check)
-            mailbox.forget(keys[peer])
-            found[peer] = list(packet.payload)
-        return [found[name] for name in self.names]
+            self._endpoint.send(peer, keys[own], Packet((tensor,)))
+        mailbox.deliver(keys[own], Packet((tensor,)))
+        return {name: mailbox.receive(keys[name]) for name in self.names}
 
     def drop(self) -> None:
         """Forgets the process group: what is under way in it was given up, and another one is made when needed.
@@ -169,9 +189,17 @@ class ReplicaGroup:
         Its end waits for what is under way, which ends when all members have dropped it; that is not waited for.
         """
         group, self._group = self._group, None
-        self._last = None
+        self._last, self._turn = None, 0
+        if self._pool is not None:  # its thread may be waiting for a replica that does not come
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
         if group is not None:
             threading.Thread(target=_end, args=(group,), name="fxsplit replicas", daemon=True).start()
+
+    def _work(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "fxsplit replicas")
+        return self._pool
 
     # ------------------------------------------------------------------ making it
 

@@ -9,7 +9,9 @@ end the sum of all replaces each: the sum over all micro-batches, as of one work
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +20,19 @@ from fxsplit.errors import PipelineError, WorkerError
 from fxsplit.runtime.replica_group import Check, ReplicaGroup
 from fxsplit.runtime.report import LinkTraffic, RunReport
 from fxsplit.runtime.stopwatch import CPU
-from fxsplit.runtime.transport import Endpoint
+from fxsplit.runtime.streams import wait_for
+from fxsplit.runtime.transport import Endpoint, wait
 from fxsplit.schedules import Action
 from fxsplit.schedules.replicas import replicas_of
 from fxsplit.stage import StageModule
 
 BUCKET_BYTES = 1 << 25
 """Gradients are summed in pieces of about this size, so that the copy takes no more memory than that."""
+
+
+Result = TypeVar("Result")
+Waiting: TypeAlias = Generator[list[Future[Any]], None, Result]
+"""Work that says what it waits for: its thread may have something else to do until then."""
 
 
 class Replication:
@@ -65,7 +73,7 @@ class Replication:
             for parameter in self._parameters():
                 parameter.grad = None
 
-    def sum_gradients(self, run: int, check: Check, report: RunReport) -> None:
+    def sum_gradients(self, run: int, check: Check, report: RunReport) -> Waiting[None]:
         """Makes the gradients of all replicas their sum.
 
         A parameter that has a gradient on some replicas only, since its use depends on the data, counts as zero
@@ -76,6 +84,9 @@ class Replication:
             check: raises if waiting makes no more sense.
             report: what is measured goes here.
 
+        Yields:
+            What it waits for next.
+
         Raises:
             PipelineError: a gradient is sparse; or the run was given up.
             WorkerError: the replicas cannot reach each other.
@@ -83,13 +94,13 @@ class Replication:
         with report.timing("reduce", Action(self._first_stage, self._group.rank), self._device):
             for bucket in self._bucketed():
                 flat = bucket.filled()
-                self._group.sum(flat, run, check)
+                yield from self._summed(flat, run, check)
                 if any(parameter.grad is None for parameter in bucket.parameters):
-                    self._group.finish(run, check)  # before the others' flags are looked at
+                    yield from _waited(self._group.finish(run, check), check)  # before flags are looked at
                 bucket.put_back()
                 self._count(flat.nbytes, report)
 
-    def share(self, rows: Tensor, numbers: Tensor, run: int, check: Check) -> tuple[Tensor, Tensor]:
+    def share(self, rows: Tensor, numbers: Tensor, run: int, check: Check) -> Waiting[tuple[Tensor, Tensor]]:
         """What all replicas have, one replica's after the other's: the same on each.
 
         Args:
@@ -97,23 +108,36 @@ class Replication:
             numbers: float32 or float64 [m], on the device of the stages.
             run: under way.
             check: raises if waiting makes no more sense.
+
+        Yields:
+            What it waits for next.
         """
-        known = [found for (found,) in self._group.gather("what was seen", [rows], run, check)]
+        known = []
+        for slot in self._group.exchange("what was seen", rows, run).values():
+            packet = yield from _waited(slot, check)
+            known.append(packet.payload[0])
         sizes = [2 * int(each[:, -1].sum()) for each in known]
         together = numbers.new_zeros(sum(sizes))
         if sum(sizes):  # a sum of each with zeros is exact
             together.split(sizes)[self._group.rank].copy_(numbers)
-            self._group.sum(together, run, check)
+            yield from self._summed(together, run, check)
         return torch.cat(known), together
 
-    def finish(self, run: int, check: Check) -> None:
-        """Returns when what is above is done, or is sure to be.
+    def finish(self, run: int, check: Check) -> Waiting[None]:
+        """Ends when what is above is done, or is sure to be.
 
         A GPU waits for its peers for ever. Those of one process give up together; those of other processes are
         waited for here, where it is noticed that one is gone.
+
+        Yields:
+            What it waits for next.
         """
         if not self._group.is_within_process:
-            self._group.finish(run, check)
+            yield from _waited(self._group.finish(run, check), check)
+
+    def _summed(self, tensor: Tensor, run: int, check: Check) -> Waiting[None]:
+        marks = yield from _waited(self._group.sum(tensor, run, check), check)
+        wait_for(marks, tensor)
 
     def give_up(self) -> None:
         """A run was given up: the next one begins with a process group of its own."""
@@ -139,6 +163,12 @@ class Replication:
         traffic = LinkTraffic(self._name, to, True, sent, sent, 1)
         known = report.traffic.get((to, True))
         report.traffic[to, True] = traffic if known is None else known + traffic
+
+
+def _waited(future: Future[Result], check: Check) -> Waiting[Result]:
+    yield [future]
+    result: Result = wait(future, check)
+    return result
 
 
 def check_digests(digests: Mapping[str, str]) -> None:

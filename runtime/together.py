@@ -13,14 +13,13 @@ from typing import Any
 
 from fxsplit.runtime.failure import Failure
 from fxsplit.runtime.worker import Worker
-from fxsplit.schedules.replicas import JOINT
 
 _POLL_S = 0.2
 
 
 def can_be_together(devices: Sequence[str]) -> bool:
-    """Whether stages on these devices, one each, do not keep the host: all are on GPUs, and none is replicated."""
-    return all(is_on_gpu(device) and JOINT not in device for device in devices)
+    """Whether stages on these devices, one each, do not keep the host: all are on GPUs."""
+    return all(is_on_gpu(device) for device in devices)
 
 
 def is_on_gpu(device: str) -> bool:
@@ -33,7 +32,8 @@ def run_together(
 ) -> dict[str, Any]:
     """Does a run of several workers in this thread, in turns of an action each.
 
-    An action's turn comes when what it takes is there. Each worker keeps its order.
+    An action's turn comes when what it takes is there. Each worker keeps its order. So it is with what replicas do
+    together at the end.
 
     Args:
         workers: by name.

@@ -23,7 +23,7 @@ from fxsplit.runtime.run_state import RunState
 from fxsplit.runtime.shared_memory import is_shared, own_copy
 from fxsplit.runtime.transport import CLIENT_NAME, Endpoint
 from fxsplit.schedules import Action
-from fxsplit.schedules.replicas import replica_for
+from fxsplit.schedules.replicas import replica_for, replicas_of
 from fxsplit.stage import CLIENT, Edge, StageGraph
 
 
@@ -173,8 +173,10 @@ class Traffic:
     def _stays(self, edge: Edge) -> bool:
         """Whether a value goes from stage to stage, or to the loss, on this worker: no packet is needed then."""
         to_caller = edge.target == len(self._holding.workers) and self._loss is None
-        ends = edge.source, edge.target
-        return CLIENT not in ends and not to_caller and all(self._ends[s] == self._endpoint.name for s in ends)
+        if CLIENT in (edge.source, edge.target) or to_caller:
+            return False
+        source, target = self._ends[edge.source], self._ends[edge.target]
+        return source == target and self._endpoint.name in replicas_of(source)
 
     def device(self, action: Action) -> torch.device:
         """Where an action takes its values; for the loss, that of the last stage."""

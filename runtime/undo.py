@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ class Copies:
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
+        self._shapes: list[torch.Size] = []
         self._copies: list[Tensor] = []
 
     @torch.no_grad()
@@ -29,13 +31,12 @@ class Copies:
         """A copy of each; the copies that were made before may change."""
         if any(tensor.layout != torch.strided for tensor in tensors):  # gradients of sparse embeddings
             return [tensor.clone() for tensor in tensors]
-        if len(tensors) != len(self._tensors) or any(
-            one is not other or one.shape != copy.shape
-            for one, other, copy in zip(tensors, self._tensors, self._copies, strict=True)
-        ):
+        shapes = [tensor.shape for tensor in tensors]
+        if shapes != self._shapes or not all(map(operator.is_, tensors, self._tensors)):
             is_kept = sum(tensor.nbytes for tensor in tensors) <= self.KEPT_BYTES
             copies = [torch.empty_like(tensor) for tensor in tensors]
-            self._tensors, self._copies = (list(tensors), copies) if is_kept else ([], [])
+            kept = (list(tensors), shapes, copies) if is_kept else ([], [], [])
+            self._tensors, self._shapes, self._copies = kept
         else:
             copies = self._copies
         for copy, tensor in _by_kind(copies, tensors).values():  # what is mixed is copied one by one
@@ -73,7 +74,7 @@ class Undo:
     def of(
         cls,
         number: int,
-        stages: Iterable[nn.Module],
+        buffers: Sequence[Tensor],
         parameters: Sequence[nn.Parameter],
         with_host: bool,
         copied: Copies | None = None,
@@ -82,12 +83,11 @@ class Undo:
 
         Args:
             number: of the run.
-            stages: that it may change.
+            buffers: that it may change.
             parameters: whose gradients it may change, too.
             with_host: whether it may draw random numbers of Python and numpy.
             copied: where buffers are copied; None: they are not.
         """
-        buffers = [buffer for stage in stages for buffer in stage.buffers()] if copied is not None else []
         copies = iter(Copies().of([p.grad for p in parameters if p.grad is not None]))
         return cls(
             number,

@@ -16,7 +16,7 @@ from fxsplit.planning.links import Link
 from fxsplit.runtime import fingerprint, shipping
 from fxsplit.runtime.compiled import check_compilers, compile_stages
 from fxsplit.runtime.courier import Courier
-from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
+from fxsplit.runtime.deferred_batch_norm import Call, DeferredBatchNorm
 from fxsplit.runtime.executor import Executor
 from fxsplit.runtime.failure import Failure
 from fxsplit.runtime.graphs import StageGraphs, refusal
@@ -32,7 +32,7 @@ from fxsplit.runtime.place import IDLE, Place
 from fxsplit.runtime.precision import check_autocast
 from fxsplit.runtime.pulse import Pulse
 from fxsplit.runtime.randomness import Randomness
-from fxsplit.runtime.replication import Replication, digest_of
+from fxsplit.runtime.replication import Replication, Waiting, digest_of
 from fxsplit.runtime.report import RunReport, Span
 from fxsplit.runtime.run_state import RunState
 from fxsplit.runtime.settings import TorchSettings
@@ -70,6 +70,7 @@ class Worker:
         self._stopwatch: Stopwatch[Span] = Stopwatch()
         self._parameters = ParameterStore()
         self._replication: Replication | None = None
+        self._awaited: list[Future[Any]] = []
         self._imitation = Imitation()
         self._shrinking: list[Shrink] = []
         self._memories: dict[tuple[Any, ...], dict[str, Tensor]] = {}
@@ -206,7 +207,7 @@ class Worker:
 
     def awaited(self) -> list[Future[Any]]:
         """What the next action of a run takes and is not there yet."""
-        return self._executor.awaited()
+        return self._executor.awaited() or [future for future in self._awaited if not future.done()]
 
     def running(
         self,
@@ -243,7 +244,10 @@ class Worker:
         self._begin_replication(number, actions, is_step=loss is not None)
         yield from self._executor.execute(number, run, actions, surroundings, made, report)
         report.live_bytes = ledger.peak_bytes if ledger is not None else 0
-        self._finish_replication(number, actions, mode, report)
+        for awaited in self._finish_replication(number, actions, mode, report):
+            self._awaited = awaited
+            yield
+        self._awaited = []
         if not run.saved:
             del self._runs[number]
             if self._endpoint.name != CLIENT_NAME:  # which still collects what comes out
@@ -277,18 +281,23 @@ class Worker:
             self._undo = Undo.of_backward(number, self._holding.parameters, self._undo)
         self._replication.begin_backward()
 
-    def _finish_replication(self, number: int, actions: Sequence[Action], mode: Mode, report: RunReport) -> None:
+    def _finish_replication(
+        self, number: int, actions: Sequence[Action], mode: Mode, report: RunReport
+    ) -> Waiting[None]:
         """The work is done: statistics are updated, with what the other replicas saw, and gradients summed."""
         batch_norms, replication = self._holding.batch_norms, self._replication
         if replication is None:
             batch_norms.commit()
             return
         check = lambda: self.check()  # noqa: E731  # as above
-        if batch_norms.layers and mode.training and any(action.is_forward for action in actions):
-            batch_norms.commit(lambda calls, numbers: replication.share(calls, numbers, number, check))
+        is_forward = any(action.is_forward for action in actions)
+        if mode.training and is_forward and (own := batch_norms.collected()) is not None:
+            rows = torch.tensor(own[0], dtype=torch.int64).view(-1, len(Call._fields))
+            rows, numbers = yield from replication.share(rows, own[1], number, check)
+            batch_norms.update([Call(*row) for row in rows.tolist()], numbers)
         if any(action.sends_gradients for action in actions):
-            replication.sum_gradients(number, check, report)
-        replication.finish(number, check)
+            yield from replication.sum_gradients(number, check, report)
+        yield from replication.finish(number, check)
 
     def _give_up_replication(self) -> None:
         if self._replication is not None:
@@ -299,10 +308,9 @@ class Worker:
             self._runs[number] = RunState(mode)
             self._holding.batch_norms.clear()
             undoable = is_step or mode in self._guarded or self._holding.batch_norms.layers
-            stages = self._holding.stages.values()
             changed = self._holding.parameters if is_step else ()
-            what = changed, self._is_process, self._copies
-            self._undo = Undo.of(number, stages, *what) if undoable else Undo(number)
+            what = self._holding.buffers(), changed, self._is_process, self._copies
+            self._undo = Undo.of(number, *what) if undoable else Undo(number)
         return self._runs[number]
 
     def discard(self, run: int, undo: bool) -> None:

@@ -28,11 +28,13 @@ def is_together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return bool(request.param)
 
 
-def trained(schedule: str, compressor: str | None, chunks: int) -> dict[str, Any]:
+def trained(
+    schedule: str, compressor: str | None, chunks: int, devices: list[str] = DEVICES, **others: Any
+) -> dict[str, Any]:
     """Losses and state after some steps, a call with a backward of its own among them."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"cuts": CUTS, "chunks": chunks, "transport": "in_process", "schedule": schedule}
-    with fxsplit.compile(mobilenet().train(), DEVICES, compressor=compressor, **options) as pipe:
+    with fxsplit.compile(mobilenet().train(), devices, compressor=compressor, **{**options, **others}) as pipe:
         optimizer = pipe.optimizer(torch.optim.SGD, lr=1e-4, momentum=0.9)
         losses = []
         x, y = images(8, 64), torch.arange(8) % 10
@@ -47,7 +49,7 @@ def trained(schedule: str, compressor: str | None, chunks: int) -> dict[str, Any
             optimizer.step()
             losses.append(loss.detach())
         threads = {thread.name for thread in threading.enumerate()}
-        assert "fxsplit other" in threads
+        assert {f"fxsplit {worker.name}" for worker in pipe.workers if worker.name != "client"} <= threads
         return {"losses": torch.stack(losses), **pipe.state_dict()}
 
 
@@ -65,13 +67,27 @@ def test_the_numbers_are_those_of_threads(
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("cuts", [["features.0"], ["features.4", "features.9"]], ids=["one", "two"])
+def test_replicas_are_together(cuts: list[str], deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they give each other and sum is waited for in turns: one thread is all of them."""
+    devices = ["cpu", "a/cpu+b/cpu", "c/cpu+d/cpu"][: len(cuts) + 1]
+    options: dict[str, Any] = {"cuts": cuts, "verify": False, "deferred_batch_norm": deferred}
+    expected = trained("gpipe", None, 4, devices, **options)
+    monkeypatch.setattr(engine, "can_be_together", lambda devices: True)
+    found = trained("gpipe", None, 4, devices, **options)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 @pytest.mark.parametrize(
     ("devices", "together"),
     [
         (["cuda:0", "cuda:1"], True),
         (["cuda", "server/cuda:1", "cuda"], True),
         (["cuda:0", "cuda-box/cpu"], False),
-        (["cuda:0", "a/cuda:0+b/cuda:1"], False),
+        (["cuda:0", "a/cuda:0+b/cuda:1"], True),
+        (["cpu", "a/cuda:0+b/cuda:1"], False),
         (["cpu", "server/cuda:0"], False),
     ],
 )

@@ -88,9 +88,13 @@ def run(
 def report(
     results: Annotated[Path, typer.Argument(help="What `run --json` wrote.")],
     readme: Annotated[Path, typer.Option(help="The README to fill.")] = HERE / "README.md",
+    more: Annotated[bool, typer.Option("--more", help="Fill the second table, of some compressors only.")] = False,
 ) -> None:
     """Fill README and picture from a run."""
     found = json.loads(results.read_text(encoding="utf-8"))
+    if more:
+        fill(readme, "more", table(found))
+        return
     (readme.parent / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(found["rows"], found["batch"], readme.parent / "cpu_gpu.png")
     fill(readme, "results", table(found))

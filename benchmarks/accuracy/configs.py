@@ -64,11 +64,14 @@ KMEANS = "kmeans{}(iterations=3, group=channel)"
 SORT4 = "sortquant4(split=2)"
 SORT4_CHANNEL = "sortquant4(split=2, group=channel)"
 
-EIGHT, FEWER, RANK, SPARSE, LEARNED = "8 bits", "2 to 4 bits", "low rank", "sparse", "learned layers"
+EIGHT, FEWER, RANK, SPARSE, LEARNED = "8 and 16 bits", "2 to 4 bits", "low rank", "sparse", "learned layers"
 FAMILIES = (EIGHT, FEWER, RANK, SPARSE, LEARNED)
 
 CONFIGS: tuple[Config, ...] = (
     Config("none", "none", "none", "the baseline of every row", "none"),
+    # Two bytes an element.
+    Config("fp16", "fp16", "same", "half of the bytes, with a wide margin", EIGHT),
+    Config("bf16", "bf16", "same", "the range of float32, fewer digits", EIGHT),
     # One byte an element.
     Config("sortquant8", "sortquant8", "same", "the documents' own codec, both ways", EIGHT),
     Config("sortquant8-channel", "sortquant8(group=channel)", "same", "buckets for each channel", EIGHT),
@@ -89,6 +92,7 @@ CONFIGS: tuple[Config, ...] = (
     ),
     Config("sortquant4-channel-g8", SORT4_CHANNEL, GRADIENT8, "buckets for each channel", FEWER),
     Config("sortquant4-channel-g4", SORT4_CHANNEL, GRADIENT4, "gradients in 4 bits, rounded at random", FEWER),
+    Config("fastquant4-g8", "fastquant4(split=2)", GRADIENT8, "2 + 2 bits, buckets from a sample", FEWER),
     Config("kmeans4-g8", "kmeans4(group=tensor)", GRADIENT8, "the best 16 values for the tensor", FEWER),
     Config("kmeans4-channel-g8", KMEANS.format(4), GRADIENT8, "the best 16 values a channel", FEWER),
     Config("kmeans4-channel-g4", KMEANS.format(4), GRADIENT4, "gradients in 4 bits", FEWER),
@@ -109,7 +113,9 @@ CONFIGS: tuple[Config, ...] = (
     Config("poweriter-3-7", "poweriter(rank=3); poweriter(rank=7)", "same", "the documents' ranks", RANK),
     Config("poweriter-3-2", "poweriter(rank=3); poweriter(rank=2)", "same", "a tenth at each cut", RANK),
     Config("svd-3-7", "svd(rank=3); svd(rank=7)", "same", "the best factors of the same ranks", RANK),
-    # The largest tenth.
+    Config("svd-3-2", "svd(rank=3); svd(rank=2)", "same", "a tenth at each cut", RANK),
+    # The largest elements.
+    Config("topk30", "topk(ratio=0.3)", "same", "the largest three tenths, both ways", SPARSE),
     Config("topk10", "topk(ratio=0.1)", "same", "the largest tenth, both ways", SPARSE),
     Config(
         "topk10-feedback",
@@ -145,6 +151,22 @@ CONFIGS: tuple[Config, ...] = (
         "convinsert(ratio=0.1); insertlinear(ratio=0.1)",
         "none",
         "linear layers behind the pooling",
+        LEARNED,
+        cuts=POOLED,
+    ),
+    Config(
+        "decaylinear39",
+        "convinsert(ratio=0.39); decaylinear(steps=130)",
+        "none",
+        "square layers behind the pooling that shrink in two thirds of 9 epochs",
+        LEARNED,
+        cuts=POOLED,
+    ),
+    Config(
+        "decaylinear26",
+        "convinsert(ratio=0.25); decaylinear(rate=0.86, steps=130)",
+        "none",
+        "the same to a quarter",
         LEARNED,
         cuts=POOLED,
     ),

@@ -307,7 +307,7 @@ class _Phase:
     def __enter__(self) -> _Phase:
         engine = self._engine
         engine._open()
-        engine._together.clear()
+        engine._forget_fed()
         for worker in engine.remote if not engine._here else ():
             loss = None if self._loss is None else shipping.dump(self._loss.as_seen_by(worker))
             self._futures[worker] = engine.start_command(worker, "run", *self._share(worker), loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +32,7 @@ class Feeding(Group):
         super().__init__(transport, timeout_s)
         self.metrics = Metrics()
         self._together: dict[str, list[tuple[Key, Packet]]] = {}  # fed and not sent yet
+        self._together_bytes: Counter[str] = Counter()
 
     def _collect_all(self, run: Run, check: Callable[[], None], randomness: Randomness | None) -> list[list[Any]]:
         """The values of the output edges by micro-batch; the generators go on where the last stage left them."""
@@ -55,16 +57,22 @@ class Feeding(Group):
             self.metrics.add_traffic(
                 LinkTraffic(CLIENT_NAME, to, backward, packet.raw_bytes, packet.wire_bytes, 1)
             )
-            together = self._together.setdefault(to, [])
-            together.append((key, packet))
-            if sum(known.wire_bytes for _, known in together) > SMALL_BYTES:
+            self._together.setdefault(to, []).append((key, packet))
+            self._together_bytes[to] += packet.wire_bytes
+            if self._together_bytes[to] > SMALL_BYTES:
                 self._send_fed(to)
 
     def _send_fed(self, *workers: str) -> None:
         """Sends what was fed to workers and is still here: small packets go together."""
         for to in workers:
+            self._together_bytes[to] = 0
             if packets := self._together.pop(to, []):
                 self._open().send_all(to, packets)
+
+    def _forget_fed(self) -> None:
+        """Drops what is left of a run that was given up."""
+        self._together.clear()
+        self._together_bytes.clear()
 
     def _collect(self, run: Run, index: int, micro_batch: int, check: Callable[[], None]) -> Any:
         edge = run.edges[index]

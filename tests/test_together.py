@@ -16,6 +16,7 @@ from fxsplit.errors import FxsplitError, WorkerError
 from fxsplit.runtime import engine
 from fxsplit.runtime.together import can_be_together
 from tests.models import images, mobilenet
+from tests.test_replicated_pipelines import choosing
 
 CUTS = ["features.4", "features.9", "features.14"]
 DEVICES = ["cpu", "other/cpu", "cpu", "other/cpu"]
@@ -78,6 +79,28 @@ def test_replicas_are_together(cuts: list[str], deferred: bool, monkeypatch: pyt
     found = trained("gpipe", None, 4, devices, **options)
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+def test_a_replica_that_fails_and_gradients_that_one_has_alone(is_together: bool) -> None:
+    """Nobody waits for a sum that does not come, nor for a gradient that another does not have."""
+    x = torch.ones(4, 4)
+    x[2:] = -1.0
+    bad = x.clone()
+    bad[3] = 1000.0
+    y = torch.arange(4) % 3
+    with choosing("in_process") as pipe:
+        pipe.step(x, target=y, loss_fn=F.cross_entropy)
+        before = pipe.gradients()
+        assert {"2.low.weight", "2.high.weight"} <= before.keys() and "2.never.weight" not in before
+        for _ in range(2):
+            with pytest.raises(WorkerError, match="too large"):
+                pipe.step(bad, target=y, loss_fn=F.cross_entropy)
+            for name, gradient in pipe.gradients().items():
+                assert torch.equal(gradient, before[name]), name
+        pipe.step(x, target=y, loss_fn=F.cross_entropy)
+        for name, gradient in pipe.gradients().items():
+            torch.testing.assert_close(gradient, 2 * before[name])
+        pipe._engine.check_replicas()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ end the sum of all replaces each: the sum over all micro-batches, as of one work
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeAlias, TypeVar
@@ -20,7 +21,7 @@ from fxsplit.errors import PipelineError, WorkerError
 from fxsplit.runtime.replica_group import Check, ReplicaGroup
 from fxsplit.runtime.report import LinkTraffic, RunReport
 from fxsplit.runtime.stopwatch import CPU
-from fxsplit.runtime.streams import wait_for
+from fxsplit.runtime.streams import Marks, wait_for
 from fxsplit.runtime.transport import Endpoint, wait
 from fxsplit.schedules import Action
 from fxsplit.schedules.replicas import replicas_of
@@ -92,13 +93,23 @@ class Replication:
             WorkerError: the replicas cannot reach each other.
         """
         with report.timing("reduce", Action(self._first_stage, self._group.rank), self._device):
-            for bucket in self._bucketed():
+            under_way: deque[tuple[Bucket, Tensor, Future[Marks]]] = deque()
+            for bucket in self._bucketed():  # one is filled while another is summed
                 flat = bucket.filled()
-                yield from self._summed(flat, run, check)
-                if any(parameter.grad is None for parameter in bucket.parameters):
-                    yield from _waited(self._group.finish(run, check), check)  # before flags are looked at
-                bucket.put_back()
+                under_way.append((bucket, flat, self._group.sum(flat, run, check)))
                 self._count(flat.nbytes, report)
+                if len(under_way) > 1:
+                    yield from self._ended(*under_way.popleft(), run, check)
+            while under_way:
+                yield from self._ended(*under_way.popleft(), run, check)
+
+    def _ended(self, bucket: Bucket, flat: Tensor, sum_: Future[Marks], run: int, check: Check) -> Waiting[None]:
+        """The sum becomes the gradients."""
+        marks = yield from _waited(sum_, check)
+        wait_for(marks, flat)
+        if any(parameter.grad is None for parameter in bucket.parameters):
+            yield from _waited(self._group.finish(run, check), check)  # before flags are looked at
+        bucket.put_back()
 
     def share(self, rows: Tensor, numbers: Tensor, run: int, check: Check) -> Waiting[tuple[Tensor, Tensor]]:
         """What all replicas have, one replica's after the other's: the same on each.
@@ -120,7 +131,8 @@ class Replication:
         together = numbers.new_zeros(sum(sizes))
         if sum(sizes):  # a sum of each with zeros is exact
             together.split(sizes)[self._group.rank].copy_(numbers)
-            yield from self._summed(together, run, check)
+            marks = yield from _waited(self._group.sum(together, run, check), check)
+            wait_for(marks, together)
         return torch.cat(known), together
 
     def finish(self, run: int, check: Check) -> Waiting[None]:
@@ -135,10 +147,6 @@ class Replication:
         if not self._group.is_within_process:
             yield from _waited(self._group.finish(run, check), check)
 
-    def _summed(self, tensor: Tensor, run: int, check: Check) -> Waiting[None]:
-        marks = yield from _waited(self._group.sum(tensor, run, check), check)
-        wait_for(marks, tensor)
-
     def give_up(self) -> None:
         """A run was given up: the next one begins with a process group of its own."""
         self._group.drop()
@@ -150,7 +158,8 @@ class Replication:
     def _bucketed(self) -> list[Bucket]:
         """Their gradients, to be summed piece by piece."""
         trained = self._parameters()
-        if [p for bucket in self._buckets for p in bucket.parameters] != trained:
+        known = [parameter for bucket in self._buckets for parameter in bucket.parameters]
+        if list(map(id, known)) != list(map(id, trained)):
             is_kept = sum(parameter.nbytes for parameter in trained) <= Bucket.KEPT_BYTES
             self._buckets = [Bucket(some, is_kept) for some in _in_buckets(trained)]
         return self._buckets

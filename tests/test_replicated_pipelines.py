@@ -318,6 +318,24 @@ def test_buckets_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(*found)
 
 
+def test_other_parameters_are_trained_from_a_step_on() -> None:
+    """As many as before, but others: their gradients are summed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].requires_grad_(False)
+    options: dict[str, Any] = {"cuts": ["1"], "chunks": 2, "transport": "in_process", "verify": False}
+    x = torch.ones(4, 4)
+    with fxsplit.compile(model, PAIR, example_inputs=x, **options) as pipe:
+        pipe.step(x, target=LABELS[:4], loss_fn=F.cross_entropy)
+        assert {"2.weight", "2.bias"} <= pipe.gradients().keys()
+        handles = dict(pipe.named_parameters())
+        for name, parameter in handles.items():
+            parameter.requires_grad_(name.startswith("1."))
+        pipe.step(x, target=LABELS[:4], loss_fn=F.cross_entropy)
+        F.cross_entropy(model.requires_grad_(True)(x), LABELS[:4]).backward()
+        torch.testing.assert_close(pipe.gradients()["1.weight"], model[1].weight.grad)
+
+
 def test_a_replica_that_has_drifted_is_found() -> None:
     options: dict[str, Any] = {"cuts": MOBILENET[2], "chunks": 2, "transport": "in_process", "verify": False}
     with fxsplit.compile(mobilenet(), PAIR, example_inputs=images(2), **options) as pipe:

@@ -28,8 +28,7 @@ from fxsplit.schedules.replicas import replicas_of
 from fxsplit.stage import StageModule
 
 BUCKET_BYTES = 1 << 25
-"""Gradients are summed in pieces of about this size, so that the copy takes no more memory than that."""
-
+"""Gradients are summed in pieces of about this size, of which two are under way at a time."""
 
 Result = TypeVar("Result")
 Waiting: TypeAlias = Generator[list[Future[Any]], None, Result]

@@ -17,6 +17,7 @@ from tests.test_replicated_pipelines import LABELS, Chooses
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("repeatable"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -24,35 +25,34 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 PAIRS = ["a/cuda:0+b/cuda:0", pytest.param("a/cuda:0+b/cuda:1", marks=two_gpus)]
 
 
-@pytest.fixture(autouse=True)
-def repeatable(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The same algorithms each time: some of CUDA's sum in any order."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
-    yield
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = before
-
-
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("cuts", [MOBILENET[2], ["features.0"]], ids=["shared", "all in the replicas"])
+@pytest.mark.parametrize(
+    ("client", "transport"), [*(("cpu", transport) for transport in TRANSPORTS), ("cuda:0", "in_process")]
+)
 @pytest.mark.parametrize("replicas", PAIRS)
-def test_training_is_that_of_one_gpu(replicas: str, transport: str, cuda_graphs: bool) -> None:
-    """A sum of two is the same in either order; afterwards the replicas have the same bits."""
-    options: dict[str, Any] = {"cuts": MOBILENET[2], "chunks": 2, "transport": transport, "verify": False}
-    found = []
-    for devices in (["cpu", "a/cuda:0"], ["cpu", replicas]):
+def test_training_is_that_of_one_gpu(
+    replicas: str, client: str, transport: str, cuts: list[str], cuda_graphs: bool
+) -> None:
+    """A sum of two is the same in either order; afterwards the replicas have the same bits.
+
+    With a client on a GPU, too, one thread queues the work of all.
+    """
+    options: dict[str, Any] = {"cuts": cuts, "chunks": 2, "transport": transport, "verify": False}
+    x, y, found = images(8).to(client), LABELS[:8].to(client), []
+    for devices in ([client, "a/cuda:0"], [client, replicas]):
         graphs = cuda_graphs and devices[1] == replicas
+        model = mobilenet().to(client)
         with (
             warnings.catch_warnings(),
-            fxsplit.compile(mobilenet(), devices, cuda_graphs=graphs, **options) as pipe,
+            fxsplit.compile(model, devices, cuda_graphs=graphs, **options) as pipe,
         ):
             warnings.filterwarnings("error", ".*not replayed.*")
-            optimizer = pipe.optimizer(torch.optim.SGD, lr=1e-3)
+            optimizer = pipe.optimizer(torch.optim.SGD, lr=1e-5)
             losses = []
             for _ in range(4):
                 optimizer.zero_grad()
-                losses.append(pipe.step(images(8), target=LABELS[:8], loss_fn=F.cross_entropy).loss)
+                losses.append(pipe.step(x, target=y, loss_fn=F.cross_entropy).loss)
                 optimizer.step()
             pipe._engine.check_replicas()
             found.append((losses, pipe.gradients(), pipe.state_dict()))

@@ -18,19 +18,10 @@ from tests.models import images, mobilenet, tokens, transformer
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("repeatable"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-
-
-@pytest.fixture(autouse=True)
-def repeatable(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The same algorithms each time: some of CUDA's sum in any order."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
-    yield
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = before
 
 
 def mean_square(output: Any) -> Any:

@@ -80,14 +80,13 @@ class Executor:
         self._last = max((action.micro_batch for action in actions), default=0)
         self._split = {(action.stage, action.micro_batch) for action in actions if action.work is Work.INPUT}
         self._traffic = Traffic(self._ways, number, run, surroundings.grad, loss, report)
+        announced: set[int] = set()
         try:
             for index, action in enumerate(actions):
                 self.action, self.shapes = action, ""
                 yield
                 self._begins(action)
-                for later in actions[index : index + 1 + _AHEAD]:  # decoded as soon as they are there
-                    for edge, backward in self._traffic.taken(later):
-                        self._traffic.expect(edge, later, backward)
+                self._announce(actions, index, announced)
                 self._courier.check()
                 self._do(action)
             self.action = None
@@ -100,6 +99,24 @@ class Executor:
         except BaseException:
             self._courier.drain()
             raise
+
+    def _announce(self, actions: Sequence[Action], index: int, announced: set[int]) -> None:
+        """Has the packets of an action and of the next ones decoded as soon as they are there.
+
+        Args:
+            actions: in their order.
+            index: of the action.
+            announced: those of which it was done; which gradients a backward takes is known after its forward.
+        """
+        for place in range(index, min(index + 1 + _AHEAD, len(actions))):
+            action = actions[place]
+            if place in announced or not (
+                action.is_forward or (action.stage, action.micro_batch) in self._run.saved
+            ):
+                continue
+            announced.add(place)
+            for edge, backward in self._traffic.taken(action):
+                self._traffic.expect(edge, action, backward)
 
     def awaited(self) -> list[Future[Any]]:
         """What the next action takes and is not there yet."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -131,8 +130,7 @@ class RunReport:
     live_micro_batches: dict[int, int] = field(default_factory=dict)
     stage_bytes: dict[int, int] = field(default_factory=dict)
 
-    @contextmanager
-    def timing(self, kind: str, action: Action, device: torch.device = CPU) -> Iterator[None]:
+    def timing(self, kind: str, action: Action, device: torch.device = CPU) -> AbstractContextManager[None]:
         """What is inside is an action's, or its "wait" or "loss"; or the "reduce" at the end of a step.
 
         Args:
@@ -140,11 +138,7 @@ class RunReport:
             action: that it belongs to.
             device: that does it, on its current stream.
         """
-        start = moment(device)
-        try:
-            yield
-        finally:
-            self.add(Span(kind, action.stage, action.stage, action.micro_batch), start, moment(device))
+        return _Timing(self, Span(kind, action.stage, action.stage, action.micro_batch), device)
 
     def add(self, span: Span, start: Moment, end: Moment) -> None:
         """Adds something that took time, once it is known how much."""
@@ -176,3 +170,16 @@ class RunReport:
         key_of = to, key.backward
         known = self.traffic.get(key_of)
         self.traffic[key_of] = traffic if known is None else known + traffic
+
+
+class _Timing(AbstractContextManager[None]):
+    """Adds what is within to a report. A class: there are many in a micro-batch, and generators take longer."""
+
+    def __init__(self, report: RunReport, span: Span, device: torch.device) -> None:
+        self._report, self._span, self._device = report, span, device
+
+    def __enter__(self) -> None:
+        self._start = moment(self._device)
+
+    def __exit__(self, *_: object) -> None:
+        self._report.add(self._span, self._start, moment(self._device))

@@ -113,7 +113,7 @@ class DeferredBatchNorm:
 
     def commit(self) -> None:
         """Updates the running statistics with all that was collected."""
-        if (collected := self.collected()) is not None:
+        if self._collected and (collected := self.collected()) is not None:
             self.update(*collected)
 
     @torch.no_grad()
@@ -124,12 +124,12 @@ class DeferredBatchNorm:
             Calls, and their means and variances one after another, with at least the precision of float32.
         """
         collected, self._collected = self._collected, []
-        like = next((layer.running_mean for layer in self.layers if layer.running_mean is not None), None)
-        if like is None:
+        running = [layer.running_mean for layer in self.layers if layer.running_mean is not None]
+        if not running:
             return None
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        numbers = [each.to(like.device, dtype) for _, each in collected]
-        together = torch.cat(numbers) if numbers else like.new_empty(0, dtype=dtype)
+        dtype = functools.reduce(torch.promote_types, (mean.dtype for mean in running), torch.float32)
+        numbers = [each.to(running[0].device, dtype) for _, each in collected]
+        together = torch.cat(numbers) if numbers else running[0].new_empty(0, dtype=dtype)
         return [call for some, _ in collected for call in some], together
 
     @torch.no_grad()
@@ -206,10 +206,13 @@ def _planned(
         assert layer.running_mean is not None, "layers without running statistics collect nothing"
         own = layer.momentum if layer.momentum is not None else key[0]
         kind = layer.momentum is None, own, layer.running_mean.device, layer.running_mean.dtype
-        is_empty = not any(call.size for call, _ in some)
-        alike[turns[key[0]], len(some), is_empty, *kind].append((layer, some))
+        alike[turns[key[0]], len(some), _is_empty(some), *kind].append((layer, some))
         turns[key[0]] += 1
     return [_Update.of(pairs, device) for _, pairs in sorted(alike.items(), key=lambda item: item[0][0])]
+
+
+def _is_empty(parts: Sequence[tuple[Call, int]]) -> bool:
+    return not any(call.size for call, _ in parts)
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,7 @@ class _Update:
             means.to(device),
             (means + widths).to(device),
             torch.tensor(sizes, dtype=torch.float64).to(device),
-            not any(call.size for _, some in pairs for call, _ in some),
+            _is_empty(pairs[0][1]),  # as of all
         )
 
     def make(self, numbers: Tensor) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeAlias, TypeVar
 
@@ -23,6 +23,7 @@ from fxsplit.runtime.report import LinkTraffic, RunReport
 from fxsplit.runtime.stopwatch import CPU
 from fxsplit.runtime.streams import Marks, wait_for
 from fxsplit.runtime.transport import Endpoint, wait
+from fxsplit.runtime.undo import Copies
 from fxsplit.schedules import Action
 from fxsplit.schedules.replicas import replicas_of
 from fxsplit.stage import StageModule
@@ -106,7 +107,7 @@ class Replication:
         """The sum becomes the gradients."""
         marks = yield from _waited(sum_, check)
         wait_for(marks, flat)
-        if any(parameter.grad is None for parameter in bucket.parameters):
+        if not bucket.is_full:
             yield from _waited(self._group.finish(run, check), check)  # before flags are looked at
         bucket.put_back()
 
@@ -154,13 +155,14 @@ class Replication:
         """Those that are trained."""
         return [parameter for parameter in self._held if parameter.requires_grad]
 
-    def _bucketed(self) -> list[Bucket]:
-        """Their gradients, to be summed piece by piece."""
+    def _bucketed(self) -> Iterable[Bucket]:
+        """Their gradients, to be summed piece by piece; small ones are kept from step to step."""
         trained = self._parameters()
+        if sum(parameter.nbytes for parameter in trained) > Copies.KEPT_BYTES:
+            return map(Bucket, _in_buckets(trained))  # each when its turn comes
         known = [parameter for bucket in self._buckets for parameter in bucket.parameters]
         if list(map(id, known)) != list(map(id, trained)):
-            is_kept = sum(parameter.nbytes for parameter in trained) <= Bucket.KEPT_BYTES
-            self._buckets = [Bucket(some, is_kept) for some in _in_buckets(trained)]
+            self._buckets = [Bucket(some) for some in _in_buckets(trained)]
         return self._buckets
 
     def _count(self, nbytes: int, report: RunReport) -> None:
@@ -229,19 +231,18 @@ class Bucket:
 
     Args:
         parameters: whose; of one device and dtype.
-        is_kept: whether its memory is kept from step to step.
 
     Attributes:
         parameters: the same.
+        is_full: whether all of them had a gradient when it was filled.
     """
 
-    KEPT_BYTES = 64 << 20
-    """Of all buckets together."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], is_kept: bool) -> None:
-        self.parameters = list(parameters)
-        self._is_kept = is_kept
-        self._flat: Tensor | None = None
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters, self.is_full = list(parameters), False
+        sizes = [parameter.numel() for parameter in parameters]
+        self._flat = parameters[0].new_empty(sum(sizes) + len(sizes))
+        *places, self._flags = self._flat.split([*sizes, len(sizes)])
+        self._places = [at.view(p.shape) for at, p in zip(places, parameters, strict=True)]
 
     @torch.no_grad()
     def filled(self) -> Tensor:
@@ -250,11 +251,6 @@ class Bucket:
         Raises:
             PipelineError: one is sparse.
         """
-        if self._flat is None:
-            sizes = [parameter.numel() for parameter in self.parameters]
-            self._flat = self.parameters[0].new_empty(sum(sizes) + len(sizes))
-            *places, self._flags = self._flat.split([*sizes, len(sizes)])
-            self._places = [at.view(p.shape) for at, p in zip(places, self.parameters, strict=True)]
         self._flags.fill_(1.0)
         there = []
         for index, (parameter, place) in enumerate(zip(self.parameters, self._places, strict=True)):
@@ -270,6 +266,7 @@ class Bucket:
                     hint="nn.Embedding(..., sparse=False), or a stage without replicas",
                 )
             there.append((place, gradient))
+        self.is_full = len(there) == len(self.parameters)
         if there:
             torch._foreach_copy_([place for place, _ in there], [gradient for _, gradient in there])
         return self._flat
@@ -278,7 +275,7 @@ class Bucket:
     def put_back(self) -> None:
         """What is in it now becomes the gradients of those parameters that have one on some replica."""
         present = [True] * len(self.parameters)
-        if any(parameter.grad is None for parameter in self.parameters):  # else nobody has to wait for a GPU
+        if not self.is_full:  # else nobody has to wait for a GPU
             present = (self._flags.real.cpu() > 0).tolist()
         there = []
         for parameter, place, is_there in zip(self.parameters, self._places, present, strict=True):
@@ -288,6 +285,3 @@ class Bucket:
                 there.append((parameter.grad, place))
         if there:
             torch._foreach_copy_([gradient for gradient, _ in there], [place for _, place in there])
-        if not self._is_kept:
-            self._flat, self._places = None, []
-            del self._flags

@@ -309,8 +309,8 @@ class Worker:
             self._holding.batch_norms.clear()
             undoable = is_step or mode in self._guarded or self._holding.batch_norms.layers
             changed = self._holding.parameters if is_step else ()
-            what = self._holding.buffers(), changed, self._is_process, self._copies
-            self._undo = Undo.of(number, *what) if undoable else Undo(number)
+            what = changed, self._is_process, self._copies
+            self._undo = Undo.of(number, self._holding.buffers(), *what) if undoable else Undo(number)
         return self._runs[number]
 
     def discard(self, run: int, undo: bool) -> None:

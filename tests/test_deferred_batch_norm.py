@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxsplit
 from fxsplit.errors import PipelineError
+from fxsplit.runtime.deferred_batch_norm import DeferredBatchNorm
 from tests.comparison import (
     CHAIN2,
     SANDWICH,
@@ -338,3 +339,17 @@ def test_sync_batch_norm_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.SyncBatchNorm(4))
     with pytest.raises(PipelineError, match="SyncBatchNorm"):
         deferred(model, CHAIN2, ["1"], 2)
+
+
+def test_each_layer_has_its_own_precision() -> None:
+    """One in double precision behind one in single precision loses nothing."""
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.BatchNorm1d(6).double())
+    collects = DeferredBatchNorm([model])
+    x = torch.randn(SAMPLES, 6, dtype=torch.float64) * 1e-6 + 1000
+    expected = copy.deepcopy(model[1])
+    del expected.forward
+    expected(x)
+    with collects.collecting(0, 0):
+        model[1](x)
+    collects.commit()
+    torch.testing.assert_close(model[1].running_mean, expected.running_mean, rtol=1e-13, atol=0.0)
